@@ -1,0 +1,59 @@
+r"""Is my amortized guide good enough, where does it fall short, what would a repair cost?
+
+A guide is a variational family times a parameter source: an encoder network, or a table with a
+row per datum. Swapping only the source isolates amortization; swapping only the family isolates
+approximation. `compare` measures both, datum by datum, for any Pyro pair with one local plate.
+"""
+
+from importlib.metadata import version
+
+from ppvae import (
+    data,
+    density,
+    diagnostics,
+    evidence,
+    families,
+    guides,
+    likelihoods,
+    models,
+    nn,
+    pairs,
+    plots,
+)
+from ppvae.comparison import Comparison, compare
+from ppvae.density import log_joint, log_weights
+from ppvae.evidence import Estimate, elbo, iwae, quadrature
+from ppvae.guides import Amortized, PerDatapoint, per_datapoint
+from ppvae.local import LocalFit, fit_per_datapoint
+from ppvae.training import Fit, fit
+
+__version__ = version("ppvae")
+
+__all__ = [
+    "Amortized",
+    "Comparison",
+    "Estimate",
+    "Fit",
+    "LocalFit",
+    "PerDatapoint",
+    "compare",
+    "data",
+    "density",
+    "diagnostics",
+    "elbo",
+    "evidence",
+    "families",
+    "fit",
+    "fit_per_datapoint",
+    "guides",
+    "iwae",
+    "likelihoods",
+    "log_joint",
+    "log_weights",
+    "models",
+    "nn",
+    "pairs",
+    "per_datapoint",
+    "plots",
+    "quadrature",
+]

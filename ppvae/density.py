@@ -1,0 +1,437 @@
+r"""The seam between Pyro and everything that judges a fit.
+
+This module alone reads Pyro traces. It turns a model and a guide, written as any Pyro functions
+with one local plate, into tensors in nats:
+
+.. math:: \log w_{sn} = \log p(x_n, z_{sn}) - \log q(z_{sn} \mid x_n),
+          \qquad z_{sn} \sim q(\cdot \mid x_n)
+
+of shape ``(num_samples, batch)``. Plate scales (``subsample_size``, ``poutine.scale``) never
+enter: a scale inside a log-sum-exp is no bound on anything. Masks do enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from ppvae.isolation import check_rows, evaluation_mode, forked_rng, private_store
+
+Program = Callable[..., Any]
+"""A Pyro model or guide: a function or module that is called with the rows ``x``."""
+
+_PARTICLES = "ppvae.particles"
+
+# Elements of the largest tensor that one evaluation may make: 16 MB in float32.
+_ELEMENTS = 4_000_000
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """What the model says of one local latent variable.
+
+    Attributes:
+        name: The site's name.
+        event_shape: Shape of the variable of one datum.
+        support: torch's constraint on its values.
+        family: Name of its prior's distribution, for messages.
+    """
+
+    name: str
+    event_shape: tuple[int, ...]
+    support: Any
+    family: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the variable of one datum."""
+        return int(torch.Size(self.event_shape).numel())
+
+
+@dataclass(frozen=True)
+class ModelSites:
+    """What was read off one run of a model.
+
+    Attributes:
+        plate: Name of the local plate.
+        latents: The local latent sites, in the order of the model.
+    """
+
+    plate: str
+    latents: Mapping[str, LatentSite]
+
+    @property
+    def size(self) -> int:
+        """Number of latent elements of one datum, over all sites."""
+        return sum(site.size for site in self.latents.values())
+
+
+def support_name(support: Any) -> str:
+    """A word for a constraint: two sites match if their words do.
+
+    Closed and open half-lines are one support here, as they differ by a set of measure zero.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> support_name(dist.Exponential(1.0).support), support_name(dist.LogNormal(0, 1).support)
+        ('positive', 'positive')
+    """
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support in (constraints.real, constraints.real_vector):
+        return "real"
+    lower = getattr(support, "lower_bound", None)
+    upper = getattr(support, "upper_bound", None)
+    if lower is not None and upper is None and bool((torch.as_tensor(lower) == 0).all()):
+        return "positive"
+    return str(support).removesuffix("()")
+
+
+def _sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, site in prune_subsample_sites(trace).nodes.items():
+        if site["type"] == "sample" and not site["infer"].get("_deterministic", False):
+            yield name, site
+
+
+def _local_frames(site: dict[str, Any]) -> list[Any]:
+    return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != _PARTICLES]
+
+
+def _distribution_name(fn: Any) -> str:
+    while hasattr(fn, "base_dist") and type(fn).__name__ in (
+        "Independent",
+        "ExpandedDistribution",
+        "MaskedDistribution",
+    ):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def read_model(model: Program, x: Tensor) -> ModelSites:
+    """Run the model once and read its plate and its latent sites.
+
+    Args:
+        model: A Pyro model that is called as ``model(x)``.
+        x: Rows, ``(batch, *event)``.
+
+    Returns:
+        The plate's name and the latent sites.
+
+    Raises:
+        ValueError: If the model has no plate, several plates, a global latent or a global
+            observation (named), no latent site, no observation, a plate of another size than
+            ``x`` has rows, or an observation outside of its support.
+    """
+    with torch.no_grad():
+        trace = poutine.trace(model).get_trace(x)
+    plates: dict[str, Any] = {}
+    latents: dict[str, LatentSite] = {}
+    observed = 0
+    for name, site in _sample_sites(trace):
+        kind = "observation" if site["is_observed"] else "latent"
+        frames = _local_frames(site)
+        if not frames:
+            raise ValueError(
+                f"Site {name!r}: a {kind} outside of any plate is shared by all rows, so that "
+                f"log p(x_n) is not defined per row. Put it inside "
+                f'pyro.plate("data", len(x), dim=-1), or make a global latent a parameter of the '
+                f"model (pyro.param)."
+            )
+        plates.update({f.name: f for f in frames})
+        if site["is_observed"]:
+            observed += 1
+            _check_observed(name, site)
+        else:
+            event = tuple(site["fn"].event_shape)
+            latents[name] = LatentSite(
+                name, event, site["fn"].support, _distribution_name(site["fn"])
+            )
+    if not latents or not observed:
+        missing = "latent site (pyro.sample without obs)" if not latents else "site with obs=x"
+        raise ValueError(f"The model has no {missing} in a plate; got sites {list(trace.nodes)}.")
+    if len(plates) > 1 or any(f.dim != -1 for f in plates.values()):
+        raise ValueError(
+            f"Expected one plate over the rows, at dim=-1; got "
+            f"{ {f.name: f.dim for f in plates.values()} }. Declare inner dimensions as event "
+            f"dimensions with .to_event."
+        )
+    (plate,) = plates.values()
+    if plate.size != x.shape[0]:
+        raise ValueError(
+            f"Plate {plate.name!r} has {plate.size} rows but x has shape {tuple(x.shape)}. "
+            f"Size the plate by the rows that the model is given, "
+            f'pyro.plate({plate.name!r}, len(x), dim=-1); for a model that subsamples, pass "'
+            f'subsample=" or the rows alone.'
+        )
+    return ModelSites(plate.name, latents)
+
+
+def _check_observed(name: str, site: dict[str, Any]) -> None:
+    fn = site["fn"]
+    if _distribution_name(fn) in ("Delta", "Unit") or not hasattr(fn, "support"):
+        return
+    inside = fn.support.check(site["value"])
+    if not bool(inside.all()):
+        raise ValueError(
+            f"Site {name!r}: {int((~inside).sum())} of {inside.numel()} observed rows lie outside "
+            f"of the support of {_distribution_name(fn)} ({support_name(fn.support)}). Transform "
+            f"the data (binarise, scale or round it), or choose a likelihood that covers it."
+        )
+
+
+def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
+    """Read the model, and refuse a guide whose latent sites are not the model's.
+
+    Raises:
+        ValueError: As `read_model`; and if the guide lacks a site, has one that the model does
+            not know (auxiliary sites aside), or one of another event shape or outside the plate.
+    """
+    sites = read_model(model, x)
+    with torch.no_grad():
+        trace = poutine.trace(guide).get_trace(x)
+    guided = {
+        name: site
+        for name, site in _sample_sites(trace)
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+    }
+    missing = [name for name in sites.latents if name not in guided]
+    extra = [name for name in guided if name not in sites.latents]
+    if missing or extra:
+        raise ValueError(
+            f"The guide's latent sites must be the model's, {list(sites.latents)}; got "
+            f"{list(guided)} (missing: {missing}, extra: {extra}). Rename or add sites, or mark "
+            f'a helper site with infer={{"is_auxiliary": True}}.'
+        )
+    for name, site in _sample_sites(trace):
+        if tuple(site["fn"].batch_shape) != (x.shape[0],):
+            raise ValueError(
+                f"Site {name!r} of the guide: expected a draw for each row, batch shape "
+                f"({x.shape[0]},); got {tuple(site['fn'].batch_shape)}, so that q(z_n | x_n) is "
+                f"not defined per row (AutoDiagonalNormal and AutoMultivariateNormal are such "
+                f"guides). Use AutoNormal, or ppvae.guides.PerDatapoint with a family."
+            )
+    for name, site in guided.items():
+        event = tuple(site["value"].shape[1:])
+        if event != sites.latents[name].event_shape:
+            raise ValueError(
+                f"Site {name!r}: expected latent shape "
+                f"{(x.shape[0], *sites.latents[name].event_shape)} as in the model; got "
+                f"{tuple(site['value'].shape)} from the guide. Match the guide's sizes and its "
+                f".to_event to the model's."
+            )
+    return sites
+
+
+def _site_log_prob(site: dict[str, Any], *, observed: bool) -> Tensor:
+    """Unscaled log density of a site, −inf where a latent value lies outside of the support."""
+    fn, value = site["fn"], site["value"]
+    if observed or not hasattr(fn, "support"):
+        log_prob = fn.log_prob(value)
+    else:
+        inside = fn.support.check(value)
+        if bool(inside.all()):
+            log_prob = fn.log_prob(value)
+        else:
+            where = inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim()))
+            safe = torch.where(where, value, fn.sample().expand_as(value))
+            log_prob = fn.log_prob(safe).masked_fill(~inside, -torch.inf)
+    return scale_and_mask(log_prob, 1.0, site["mask"])
+
+
+def _sum_sites(trace: Trace, shape: torch.Size, given: Mapping[str, Tensor] | None) -> Tensor:
+    total: Tensor | float = 0.0
+    for name, site in _sample_sites(trace):
+        latent = name in given if given is not None else True
+        term = _site_log_prob(site, observed=not latent)
+        if term.dim() > len(shape) or (term.dim() and term.shape[-1] != shape[-1]):
+            raise ValueError(
+                f"Site {name!r}: expected a log density of shape {tuple(shape)} (draws, batch); "
+                f"got {tuple(term.shape)}. Networks must accept leading dimensions of draws: "
+                f"reshape only the last dimensions, x.reshape(*x.shape[:-1], ...)."
+            )
+        total = total + term
+    if not isinstance(total, Tensor):
+        raise ValueError("The program has no sample site.")
+    return total.expand(shape)
+
+
+def _particles(num_samples: int) -> Any:
+    return pyro.plate(_PARTICLES, num_samples, dim=-2)
+
+
+def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
+    """`log_joint` without its checks and contexts, for code that calls it in a loop.
+
+    Args:
+        model: A Pyro model.
+        x: Rows.
+        latents: By site, draws of shape ``(num_samples, batch, *event)``.
+
+    Returns:
+        ``(num_samples, batch)``, differentiable.
+    """
+    first = next(iter(latents.values()))
+    conditioned = poutine.condition(model, data=dict(latents))
+    with _particles(first.shape[0]):
+        trace = poutine.trace(conditioned).get_trace(x)
+    return _sum_sites(trace, first.shape[:2], latents)
+
+
+def weigh(
+    model: Program, guide: Program, x: Tensor, num_samples: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`log_weights` without its checks and contexts; gives the draws of the latent sites too."""
+    with _particles(num_samples):
+        trace = poutine.trace(guide).get_trace(x)
+    log_q = _sum_sites(trace, torch.Size((num_samples, x.shape[0])), None)
+    latents = {}
+    for name, site in _sample_sites(trace):
+        if not site["infer"].get("is_auxiliary", False):
+            value, event = site["value"], site["fn"].event_shape
+            latents[name] = value.expand(num_samples, x.shape[0], *event)
+    return joint(model, x, latents) - log_q, latents
+
+
+@contextmanager
+def judging(seed: int, x: Tensor, *modules: Any) -> Iterator[None]:
+    """The context in which a fit is judged.
+
+    Private parameter store, seeded and restored generators, eval mode, frozen parameters.
+    """
+    with private_store(), forked_rng(seed, x.device), evaluation_mode(*modules):
+        yield
+
+
+def log_joint(model: Program, x: Tensor, latents: Mapping[str, Tensor] | Tensor) -> Tensor:
+    r"""Log joint density :math:`\log p(x_n, z_{sn})` per draw and row, in nats.
+
+    Args:
+        model: A Pyro model with one local plate, called as ``model(x)``.
+        x: Rows, ``(batch, *event)``.
+        latents: Values of the latent sites, ``(num_samples, batch, *event)`` or
+            ``(batch, *event)``, by site name; a bare tensor for a model with one latent site.
+
+    Returns:
+        ``(num_samples, batch)`` or ``(batch,)``; −inf where a latent value lies outside of its
+        prior's support. Differentiable in the latents and in the model's parameters.
+
+    Raises:
+        ValueError: If the rows or the model are unfit (see `read_model`), or if a site is
+            missing, unknown or of another shape.
+
+    Example:
+        >>> import torch
+        >>> from ppvae.models import ExponentialGaussian
+        >>> log_joint(ExponentialGaussian(), torch.tensor([1.0]), torch.tensor([0.5]))
+        tensor([-1.5439])
+    """
+    check_rows(x, model)
+    with private_store(), forked_rng(0, x.device):
+        sites = read_model(model, x)
+    given = {next(iter(sites.latents)): latents} if isinstance(latents, Tensor) else dict(latents)
+    if set(given) != set(sites.latents):
+        raise ValueError(
+            f"Expected values of the latent sites {list(sites.latents)}; got {list(given)}."
+        )
+    drawn = False
+    for name, value in given.items():
+        expected = (x.shape[0], *sites.latents[name].event_shape)
+        drawn = value.dim() == len(expected) + 1
+        if tuple(value.shape[-len(expected) :]) != expected or value.dim() > len(expected) + 1:
+            raise ValueError(
+                f"Site {name!r}: expected latent shape {expected}, or (num_samples, ...) before "
+                f"it; got {tuple(value.shape)}."
+            )
+    with private_store():
+        if drawn:
+            return joint(model, x, given)
+        return joint(model, x, {name: value[None] for name, value in given.items()})[0]
+
+
+def log_weights(
+    model: Program, guide: Program, x: Tensor, num_samples: int = 64, *, seed: int = 0
+) -> Tensor:
+    r"""Log importance weights, the one tensor from which every figure of a fit is read.
+
+    .. math:: \log w_{sn} = \log p(x_n, z_{sn}) - \log q(z_{sn} \mid x_n)
+
+    Their mean over draws is the ELBO, the log of the mean weight is the importance-weighted
+    evidence (Burda et al. 2015, eq. 8); with the exact posterior as guide all are log p(x_n).
+
+    Args:
+        model: A Pyro model with one local plate over the rows, called as ``model(x)``.
+        guide: A Pyro guide with the same latent sites, called as ``guide(x)``.
+        x: Rows, ``(batch, *event)``.
+        num_samples: Draws per row.
+        seed: Seed of the draws. The same seed gives the same draws; the caller's generators are
+            left as they were.
+
+    Returns:
+        ``(num_samples, batch)`` in nats, without gradient. −inf where a draw lies outside of the
+        prior's support.
+
+    Raises:
+        ValueError: If the rows, the model or the guide are unfit; see `check_pair`.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import pairs
+        >>> model, guide = pairs.exponential_gaussian()
+        >>> log_weights(model, guide, torch.tensor([0.5, 1.5, 3.0]), num_samples=8).shape
+        torch.Size([8, 3])
+    """
+    check_rows(x, model, guide)
+    check_count("num_samples", num_samples)
+    with judging(seed, x, model, guide), torch.no_grad():
+        check_pair(model, guide, x)
+        parts = [weigh(model, guide, x, size)[0] for size in draw_chunks(num_samples, x)]
+        return torch.cat(parts)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse a count below ``least``."""
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}.")
+
+
+def draw_chunks(num_samples: int, x: Tensor) -> list[int]:
+    """Split draws so that the largest tensor of one evaluation stays within the memory budget."""
+    most = max(1, _ELEMENTS // x.numel())
+    full, rest = divmod(num_samples, most)
+    return [most] * full + ([rest] if rest else [])
+
+
+def row_chunks(x: Tensor, draws: int) -> list[slice]:
+    """Split rows so that ``draws`` draws for each stay within the memory budget."""
+    most = max(1, 4 * _ELEMENTS // (draws * max(1, x[0].numel())))
+    return [slice(i, min(i + most, len(x))) for i in range(0, len(x), most)]
+
+
+def to_unconstrained(site: LatentSite) -> Any:
+    """The transform from the reals onto the site's support.
+
+    Raises:
+        ValueError: If the support is discrete or unknown to torch.
+    """
+    if getattr(site.support, "is_discrete", False):
+        raise ValueError(
+            f"Site {site.name!r} ({site.family}) is discrete, so it has no density on the reals."
+        )
+    try:
+        return biject_to(site.support)
+    except NotImplementedError:
+        raise ValueError(
+            f"Site {site.name!r} ({site.family}): torch knows no map from the reals to its "
+            f"support {site.support}."
+        ) from None

@@ -1,0 +1,241 @@
+"""Guides: a variational family times a parameter source.
+
+`Amortized` reads the parameters of q(z_n) off an encoder network; `PerDatapoint` keeps a row of
+them for every datum; `per_datapoint` turns any guide into the latter, starting from its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from ppvae.density import Program, check_pair, judging
+from ppvae.families import Family, read_member
+from ppvae.isolation import OwnedModule, check_rows, device_of
+from ppvae.nn import Table
+
+
+def _need_rows(guide: OwnedModule, x: Tensor | None) -> Tensor:
+    if x is None:
+        raise ValueError(
+            f"{type(guide).__name__} needs the rows x that it is to describe, shape "
+            f"(batch, *event); got None. Call guide(x)."
+        )
+    return x
+
+
+class Amortized(OwnedModule):
+    r"""A guide whose parameters come from a network: :math:`\lambda_n = \mathrm{NN}(x_n)`.
+
+    Args:
+        family: The variational family.
+        encoder: From rows ``(batch, *event)`` to ``(batch, family.num_params)``; rows that are
+            scalars reach it as ``(batch, 1)``.
+        site: Name of the latent site.
+        plate: Name of the plate over the rows.
+
+    Raises:
+        ValueError: On a call whose encoder output is not ``(batch, family.num_params)``.
+
+    Example:
+        >>> from ppvae.families import LogNormal
+        >>> from ppvae.nn import MLP
+        >>> Amortized(LogNormal(), MLP(1, [32, 32], LogNormal().num_params))
+        Amortized(LogNormal(), MLP(1 -> 32 -> 32 -> 2, ELU), site='z')
+    """
+
+    def __init__(
+        self, family: Family, encoder: nn.Module, *, site: str = "z", plate: str = "data"
+    ) -> None:
+        super().__init__()
+        self.family = family
+        self.encoder = encoder
+        self.site, self.plate = site, plate
+
+    @property
+    def families(self) -> Mapping[str, Family]:
+        """The family of each latent site."""
+        return {self.site: self.family}
+
+    def params(self, x: Tensor) -> Tensor:
+        """λ for these rows, ``(batch, family.num_params)``."""
+        out: Tensor = self.encoder(x[:, None] if x.dim() == 1 else x)
+        expected = (x.shape[0], self.family.num_params)
+        if tuple(out.shape) != expected:
+            raise ValueError(
+                f"encoder: expected outputs of shape {expected} for {self.family!r}; got "
+                f"{tuple(out.shape)}. Give it family.num_params = {expected[1]} outputs."
+            )
+        return out
+
+    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        """The guide as a Pyro program: draws z for every row."""
+        params = self.params(_need_rows(self, x))
+        with pyro.plate(self.plate, params.shape[0], dim=-1):
+            return pyro.sample(self.site, self.family.distribution(params))
+
+    def __repr__(self) -> str:
+        return f"Amortized({self.family!r}, {self.encoder!r}, site={self.site!r})"
+
+
+class PerDatapoint(OwnedModule):
+    r"""A guide with free parameters for every datum: :math:`\lambda_n` is a row of a table.
+
+    Trained on all rows it is called as ``guide(x)``; on a minibatch inside `rows`, which says
+    which of its rows are meant.
+
+    Args:
+        family: The variational family, or one for each latent site by name.
+        num_data: Number of rows of the table.
+        site: Name of the latent site, where one family is given.
+        plate: Name of the plate over the rows.
+
+    Example:
+        >>> from ppvae.families import LogNormal
+        >>> PerDatapoint(LogNormal(), num_data=100)
+        PerDatapoint(LogNormal(), Table(100 rows x 2), site='z')
+    """
+
+    def __init__(
+        self,
+        family: Family | Mapping[str, Family],
+        num_data: int,
+        *,
+        site: str = "z",
+        plate: str = "data",
+    ) -> None:
+        super().__init__()
+        self.families: Mapping[str, Family] = (
+            {site: family} if isinstance(family, Family) else dict(family)
+        )
+        self.num_data, self.plate = num_data, plate
+        self.tables = nn.ModuleDict(
+            {_key(name): Table(num_data, f.num_params) for name, f in self.families.items()}
+        )
+        self._rows: Tensor | None = None
+
+    def table(self, site: str) -> Table:
+        """The table of a latent site."""
+        table = self.tables[_key(site)]
+        assert isinstance(table, Table)
+        return table
+
+    @contextmanager
+    def rows(self, index: Tensor | slice) -> Iterator[PerDatapoint]:
+        """Inside, calls are about the rows ``index`` of the table, in that order.
+
+        Example:
+            >>> import torch
+            >>> from ppvae.families import LogNormal
+            >>> guide = PerDatapoint(LogNormal(), num_data=100)
+            >>> with guide.rows(torch.tensor([7, 3])):
+            ...     guide(torch.zeros(2))["z"].shape
+            torch.Size([2])
+        """
+        before = self._rows
+        everything = torch.arange(self.num_data, device=device_of(self))
+        self._rows = everything[index]
+        try:
+            yield self
+        finally:
+            self._rows = before
+
+    def params(self, x: Tensor) -> dict[str, Tensor]:
+        """λ by site, ``(batch, num_params)``, for the current rows."""
+        expected = self.num_data if self._rows is None else len(self._rows)
+        if x.shape[0] != expected:
+            raise ValueError(
+                f"PerDatapoint: expected x with {expected} rows, one for each row of the table; "
+                f"got {tuple(x.shape)}. For a minibatch say which rows it holds: "
+                f"`with guide.rows(index): ...`. New data need a fit of their own: "
+                f"ppvae.fit_per_datapoint."
+            )
+        return {name: self.table(name)(self._rows) for name in self.families}
+
+    def forward(self, x: Tensor | None = None, size: int | None = None) -> dict[str, Tensor]:
+        """The guide as a Pyro program: draws the latents of every row, by site."""
+        params = self.params(_need_rows(self, x))
+        with pyro.plate(self.plate, len(next(iter(params.values()))), dim=-1):
+            return {
+                name: pyro.sample(name, family.distribution(params[name]))
+                for name, family in self.families.items()
+            }
+
+    def __repr__(self) -> str:
+        parts = [f"{f!r}, {self.table(n)!r}, site={n!r}" for n, f in self.families.items()]
+        return f"PerDatapoint({'; '.join(parts)})"
+
+
+def _key(site: str) -> str:
+    # Torch allows no dots in the names of submodules; Pyro's sites often have them.
+    return "site_" + site.replace(".", "__")
+
+
+def per_datapoint(guide: Program, x: Tensor, *, model: Program | None = None) -> PerDatapoint:
+    """Free a guide: a row of parameters per datum, starting from the guide's output for it.
+
+    Args:
+        guide: `Amortized`, `PerDatapoint`, or any Pyro guide whose latent sites are drawn from
+            distributions that `ppvae.families` knows, with parameters that depend on x alone.
+        x: Rows, ``(batch, *event)``.
+        model: If given, the guide's sites are checked against it.
+
+    Returns:
+        A guide for these rows with the same site distributions, whose table holds the guide's
+        parameters for them. The guide that was given is not changed.
+
+    Raises:
+        ValueError: If a site cannot be freed (named): its distribution is none of the known
+            families, or depends on another latent variable.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import pairs
+        >>> model, guide = pairs.exponential_gaussian()
+        >>> per_datapoint(guide, torch.tensor([0.5, 1.5]))
+        PerDatapoint(LogNormal(), Table(2 rows x 2), site='z')
+    """
+    check_rows(x, guide)
+    with judging(0, x, guide, model), torch.no_grad():
+        if model is not None:
+            check_pair(model, guide, x)
+        if isinstance(guide, Amortized):
+            params = {guide.site: guide.params(x)}
+            families, plate = dict(guide.families), guide.plate
+        elif isinstance(guide, PerDatapoint):
+            params = guide.params(x)
+            families, plate = dict(guide.families), guide.plate
+        else:
+            families, params, plate = _read_guide(guide, x)
+    freed = PerDatapoint(families, x.shape[0], plate=plate)
+    for name, value in params.items():
+        freed.table(name).weight = nn.Parameter(value.detach().clone())
+    return freed
+
+
+def _read_guide(guide: Program, x: Tensor) -> tuple[dict[str, Family], dict[str, Tensor], str]:
+    families: dict[str, Family] = {}
+    params: dict[str, Tensor] = {}
+    plate = "data"
+    traces = [poutine.trace(guide).get_trace(x) for _ in range(2)]
+    for name, site in traces[0].nodes.items():
+        if site["type"] != "sample" or site["is_observed"]:
+            continue
+        if site["infer"].get("is_auxiliary", False):
+            continue
+        families[name], params[name] = read_member(name, site["fn"])
+        # A second run has other draws: parameters that differ depend on another latent.
+        again = read_member(name, traces[1].nodes[name]["fn"])[1]
+        if not torch.equal(params[name], again):
+            raise ValueError(
+                f"Site {name!r}: its distribution depends on another latent variable, or on a "
+                f"random number, so it has no parameters per datum to free. Name a family to "
+                f"measure against instead: family=DiagonalNormal(...)."
+            )
+        plate = next((f.name for f in site["cond_indep_stack"] if f.vectorized), plate)
+    return families, params, plate

@@ -1,0 +1,186 @@
+"""What the library leaves alone, and how modules come to own their parameters.
+
+Pyro keeps three things in the process: a parameter store, torch's random number
+generators and the validation defaults. Code of this package that runs somebody's model does so
+inside the contexts of this module, so that all three are afterwards as they were before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+_serial = itertools.count(1)
+
+
+class OwnedModule(PyroModule):
+    """A `PyroModule` whose parameters keep a name of their own in Pyro's parameter store.
+
+    Pyro names the parameters of a top-level `PyroModule` by attribute alone, so that two modules
+    of one kind that are trained in one process share a store entry and the second silently does
+    not train. An `OwnedModule` has a process-wide serial number in its name. Copies and unpickled
+    modules get a number of their own. ``state_dict`` keys do not contain it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(f"{type(self).__name__}_{next(_serial)}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        name = f"{type(self).__name__}_{next(_serial)}"
+        self._pyro_set_supermodule(name, self._pyro_context)
+
+
+@contextmanager
+def private_store(*, keep_bare: bool = False) -> Iterator[None]:
+    """Run with a parameter store of one's own; the caller's is afterwards what it was.
+
+    Inside, the store starts with the caller's *bare* parameters (those made by ``pyro.param``
+    with a plain tensor, which have no other home). Parameters that belong to a module are left
+    out: the module itself holds them, and an entry of the same name may be another module's.
+
+    Args:
+        keep_bare: Whether bare parameters that are created inside stay in the caller's store, as
+            training a function that calls ``pyro.param`` needs. Otherwise they vanish.
+    """
+    store = pyro.get_param_store()
+    caller = store.get_state()
+    bare = {name: p for name, p in caller["params"].items() if not isinstance(p, nn.Parameter)}
+    inside: Any = {
+        "params": dict(bare),
+        "constraints": {name: caller["constraints"][name] for name in bare},
+    }
+    with store.scope(inside):
+        yield
+    if keep_bare:
+        created = {
+            name: p
+            for name, p in inside["params"].items()
+            if name not in caller["params"] and not isinstance(p, nn.Parameter)
+        }
+        constraints = {name: inside["constraints"][name] for name in created}
+        store.set_state({"params": created, "constraints": constraints})
+
+
+@contextmanager
+def forked_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Run with torch's generators seeded; afterwards their state is what it was.
+
+    Args:
+        seed: A non-negative integer.
+        device: The device whose generator is used beside the CPU's.
+    """
+    device = torch.device(device)
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        # torch.manual_seed would queue a seed for every CUDA device, in use or not.
+        torch.default_generator.manual_seed(seed)
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+@contextmanager
+def evaluation_mode(*modules: Any) -> Iterator[None]:
+    """Put the modules among the arguments into eval mode (dropout, batch norm) for a while.
+
+    Their parameters need no gradient inside; both settings are restored, submodule by submodule.
+    """
+    owned = [part for m in modules if isinstance(m, nn.Module) for part in m.modules()]
+    training = [(part, part.training) for part in owned]
+    frozen = [(p, p.requires_grad) for part in owned for p in part.parameters(recurse=False)]
+    try:
+        for part, _ in training:
+            part.training = False
+        for p, _ in frozen:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for part, flag in training:
+            part.training = flag
+        for p, needed in frozen:
+            p.requires_grad_(needed)
+
+
+def device_of(*modules: Any) -> torch.device | None:
+    """The device of the first parameter or buffer found, `None` where there is none."""
+    for module in modules:
+        if isinstance(module, nn.Module):
+            for tensor in itertools.chain(module.parameters(), module.buffers()):
+                return tensor.device
+    return None
+
+
+def check_rows(x: Tensor, *modules: Any, name: str = "x") -> None:
+    """Refuse what cannot be data: the one place in which rows are validated.
+
+    Args:
+        x: The rows, ``(batch, *event)``.
+        *modules: Models and guides, whose device the rows must share.
+        name: How the caller calls the argument.
+
+    Raises:
+        ValueError: If ``x`` is no tensor, has no rows, is not floating point, holds NaN or
+            infinite values, or lies on another device than the modules' parameters.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"{name} must be a torch.Tensor of shape (batch, *event); got {type(x).__name__}. "
+            f"Convert it with torch.as_tensor."
+        )
+    if x.dim() == 0 or x.shape[0] == 0:
+        raise ValueError(
+            f"{name} has no rows: expected shape (batch, *event) with batch >= 1; "
+            f"got {tuple(x.shape)}."
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f"{name} has dtype {x.dtype}, expected a floating point tensor. "
+            f"Convert it with {name}.float(), and scale or binarise it as the likelihood expects."
+        )
+    finite = torch.isfinite(x).reshape(x.shape[0], -1).all(dim=-1)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite).flatten()
+        raise ValueError(
+            f"{name} has NaN or infinite values in {len(bad)} of {x.shape[0]} rows "
+            f"(the first: row {int(bad[0])}). Remove or impute these rows first."
+        )
+    device = device_of(*modules)
+    if device is not None and device != x.device:
+        raise ValueError(
+            f"{name} is on {x.device} but the parameters are on {device}. "
+            f"Move one of them: {name}.to({str(device)!r}) or model.to({str(x.device)!r})."
+        )
+
+
+def plate_size(
+    program: str, x: Tensor | None, size: int | None, event_shape: tuple[int, ...]
+) -> int:
+    """The number of rows of a program that is called with rows ``x`` or with ``size``.
+
+    Raises:
+        ValueError: If neither is given, they disagree, or a row has another event shape.
+    """
+    if x is None:
+        if size is None or size < 1:
+            raise ValueError(
+                f"{program} needs rows x of shape {('batch', *event_shape)} to condition on, or "
+                f"size=n (n >= 1) to draw n rows; got x=None, size={size}."
+            )
+        return size
+    expected = str(("batch", *event_shape)).replace("'", "")
+    if x.dim() == 0 or tuple(x.shape[1:]) != event_shape:
+        raise ValueError(
+            f"{program}: expected x of shape {expected}; got {tuple(x.shape)}. "
+            f"Reshape the rows, or build the model for that size."
+        )
+    if size is not None and size != x.shape[0]:
+        raise ValueError(f"{program}: size={size} but x has {x.shape[0]} rows; pass one of them.")
+    return int(x.shape[0])

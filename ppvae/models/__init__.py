@@ -1,0 +1,12 @@
+"""Generative processes, written as Pyro models: a file each.
+
+A model is called with rows, ``model(x)``, to condition on them, or with a number of rows,
+``model(size=n)``, to draw from it. A tractable model also has ``log_evidence(x)`` and
+``posterior(x)``.
+"""
+
+from ppvae.models.exponential_gaussian import ExponentialGaussian
+from ppvae.models.linear_gaussian import PPCA, FactorAnalysis
+from ppvae.models.vae import VAE
+
+__all__ = ["PPCA", "VAE", "ExponentialGaussian", "FactorAnalysis"]

@@ -1,0 +1,329 @@
+r"""Natural-gradient ascent of the local ELBO over Gaussians, many rows at once.
+
+Row n has :math:`q_n = N(m_n, L_n L_n^\top)` over u, with :math:`z = T(u)` for a fixed bijection
+T. With draws :math:`u_s = m + L \epsilon_s` and gradients :math:`g_s = \nabla_u \log p(x, T(u_s))
+|T'(u_s)|`, everything is read in units of the current q:
+
+.. math:: \tilde g = L^\top \mathrm{E}[g], \qquad
+          M = -\mathrm{E}[L^\top g\, \epsilon^\top] \;=\; L^\top \mathrm{E}[-\nabla^2] L
+
+by Stein's identity, so that the expected curvature costs no further evaluation. The mean moves by
+:math:`L M^{-1} \tilde g`, and the covariance towards :math:`L M^{-1} L^\top`, or, in a mean-field
+family, its diagonal precision. On a Gaussian posterior one evaluation is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.density import Program, joint
+from ppvae.families import Family, GaussianFamily
+
+# Search ends for a row when it promises less than this, in nats; polishing does the rest.
+_SEARCH_GAIN = 1e-2
+_POLISH = 14
+_REPLICATES = 4
+_LEAST_CURVATURE = 0.02
+_NODES_PER_AXIS = 32
+# Farther out the weights are below 1e-9, and a model may overflow.
+_FARTHEST_NODE = 6.5
+
+
+def whitened_draws(num_draws: int, size: int, like: Tensor) -> Tensor:
+    """Standard normal draws with mean exactly 0 and covariance exactly 1, ``(num_draws, size)``.
+
+    Scrambled Sobol points through the normal quantile function, then centred, whitened and
+    rotated. The rotation, and with it the randomness, comes from torch's generator.
+    """
+    seed = int(torch.randint(2**31, ()))
+    sobol = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed)
+    uniform = sobol.draw(num_draws, dtype=torch.float64)
+    normal = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+    normal = normal - normal.mean(dim=0)
+    root = torch.linalg.cholesky(normal.mT @ normal / num_draws)
+    white = torch.linalg.solve_triangular(root, normal.mT, upper=False).mT
+    rotation, triangle = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
+    rotation = rotation * torch.sign(triangle.diagonal())
+    return (white @ rotation).to(like)
+
+
+_Nodes = tuple[Tensor, Tensor]
+"""Standard normal nodes ``(S, D)`` and their weights ``(S,)``, which sum to 1."""
+
+
+def _product_rule(size: int, like: Tensor) -> _Nodes:
+    """Gauss–Hermite nodes and weights for ``size`` dimensions."""
+    node, weight = np.polynomial.hermite_e.hermegauss(_NODES_PER_AXIS)
+    near = np.abs(node) < _FARTHEST_NODE
+    node, weight = node[near], weight[near] / weight[near].sum()
+    axes = np.stack(np.meshgrid(*[node] * size, indexing="ij"), axis=-1).reshape(-1, size)
+    weights = np.prod(np.meshgrid(*[weight] * size, indexing="ij"), axis=0).reshape(-1)
+    return torch.as_tensor(axes).to(like), torch.as_tensor(weights).to(like)
+
+
+@dataclass
+class _State:
+    """Gaussians for some rows, and what one evaluation told about them."""
+
+    loc: Tensor
+    tril: Tensor
+    value: Tensor
+    gradient: Tensor
+    curvature: Tensor
+
+    def put(self, where: Tensor, other: _State, chosen: Tensor) -> None:
+        """Overwrite the rows ``where`` by the chosen rows of ``other``."""
+        for name in ("loc", "tril", "value", "gradient", "curvature"):
+            getattr(self, name)[where] = getattr(other, name)[chosen]
+
+    def rows(self, where: Tensor) -> _State:
+        return _State(
+            self.loc[where],
+            self.tril[where],
+            self.value[where],
+            self.gradient[where],
+            self.curvature[where],
+        )
+
+
+class _Local:
+    """The local ELBO of a model over Gaussians of a given structure."""
+
+    def __init__(self, model: Program, families: Mapping[str, Family], like: Tensor) -> None:
+        self.model = model
+        self.families: dict[str, GaussianFamily] = {}
+        blocks: list[Tensor] = []
+        for name, family in families.items():
+            assert isinstance(family, GaussianFamily)
+            self.families[name] = family
+            labels = (
+                torch.zeros(family.size, dtype=torch.long)
+                if family.full_rank
+                else torch.arange(family.size)
+            )
+            blocks.append(labels + sum(len(b) for b in blocks))
+        label = torch.cat(blocks)
+        self.size = len(label)
+        self.structure = (label[:, None] == label[None, :]).to(like)
+        self.diagonal = int(self.structure.sum()) == self.size
+
+    def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        locs, trils, at = [], [], 0
+        for family in self.families.values():
+            loc, tril = family.gaussian(params[:, at : at + family.num_params])
+            locs.append(loc)
+            trils.append(tril)
+            at += family.num_params
+        out = params.new_zeros(len(params), self.size, self.size)
+        at = 0
+        for tril in trils:
+            d = tril.shape[-1]
+            out[:, at : at + d, at : at + d] = tril
+            at += d
+        return torch.cat(locs, dim=-1), out
+
+    def params(self, loc: Tensor, tril: Tensor) -> Tensor:
+        parts, at = [], 0
+        for family in self.families.values():
+            span = slice(at, at + family.size)
+            parts.append(family.from_gaussian(loc[:, span], tril[:, span, span]))
+            at += family.size
+        return torch.cat(parts, dim=-1)
+
+    def nodes(self, num_draws: int, like: Tensor) -> _Nodes:
+        """Draws for one evaluation, or in one or two dimensions the nodes of a product rule."""
+        if self.size <= 2:
+            return _product_rule(self.size, like)
+        return whitened_draws(num_draws, self.size, like), like.new_full(
+            (num_draws,), 1 / num_draws
+        )
+
+    def evaluate(self, x: Tensor, loc: Tensor, tril: Tensor, nodes: _Nodes) -> _State:
+        """One evaluation of value, gradient and curvature; all rows share the nodes."""
+        noise, weight = nodes
+        shift = torch.einsum("nij,sj->sni", tril, noise)
+        u = (loc + shift).detach().requires_grad_(True)
+        values, jacobian, at = {}, torch.zeros(()).to(loc), 0
+        for name, family in self.families.items():
+            part = u[..., at : at + family.size]
+            z = family.bijection(part)
+            jacobian = jacobian + family.bijection.log_abs_det_jacobian(part, z).sum(-1)
+            values[name] = z.squeeze(-1) if family.latent_dim is None else z
+            at += family.size
+        log_p = joint(self.model, x, values) + jacobian
+        (gradient,) = torch.autograd.grad(log_p.sum(), u)
+        scaled = torch.einsum("sni,nij->snj", gradient, tril)
+        moment = -torch.einsum("sni,sj->nij", scaled, noise * weight[:, None])
+        log_det = torch.log(tril.diagonal(dim1=-2, dim2=-1)).sum(-1)
+        state = _State(
+            loc,
+            tril,
+            weight @ log_p.detach() + log_det,
+            torch.einsum("s,sni->ni", weight, scaled),
+            0.5 * (moment + moment.mT),
+        )
+        return state
+
+    def step(
+        self, state: _State, radius: Tensor, rate: float, curvature: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Move mean and covariance by a natural-gradient step, no further than ``radius``.
+
+        Args:
+            state: Where to step from.
+            radius: ``(rows,)``: most the mean may move, in units of the current Gaussian.
+            rate: Fraction of the full step.
+            curvature: What to precondition the mean's step with, the state's own if left out.
+        """
+        move = rate * _newton(state.curvature if curvature is None else curvature, state.gradient)
+        length = move.norm(dim=-1).clamp(min=1e-30)
+        move = move * (radius / length).clamp(max=1.0)[:, None]
+        loc = state.loc + (state.tril @ move[..., None])[..., 0]
+        # Precision moves from 1 towards the curvature; its logarithm by no more than 2 × radius.
+        most = radius.clamp(max=1.0)[:, None]
+        within = state.curvature * self.structure
+        if self.diagonal:
+            precision = 1 - rate + rate * within.diagonal(dim1=-2, dim2=-1)
+            precision = _between(precision, most)
+            return loc, state.tril * torch.rsqrt(precision)[:, None, :]
+        values, vectors = torch.linalg.eigh(_finite(within))
+        precision = _between(1 - rate + rate * values, most)
+        root = state.tril @ (vectors * torch.rsqrt(precision)[:, None, :])
+        triangle = torch.linalg.qr(root.mT, mode="r").R.mT * self.structure
+        return loc, triangle * torch.sign(triangle.diagonal(dim1=-2, dim2=-1))[:, None, :]
+
+    def promise(self, gradient: Tensor, curvature: Tensor) -> Tensor:
+        """What the full step would gain were the curvature constant, in nats."""
+        mean = 0.5 * (gradient * _newton(curvature, gradient)).sum(-1)
+        within = curvature * self.structure
+        spectrum = (
+            within.diagonal(dim1=-2, dim2=-1)
+            if self.diagonal
+            else torch.linalg.eigvalsh(_finite(within))
+        )
+        spectrum = spectrum.clamp(min=_LEAST_CURVATURE)
+        return mean + 0.5 * (spectrum - 1 - torch.log(spectrum)).sum(-1)
+
+
+def _between(precision: Tensor, most: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(precision, torch.exp(-2 * most)), torch.exp(2 * most))
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """The identity in place of matrices that hold NaN or infinities."""
+    finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
+    return torch.where(finite[:, None, None], matrix, _identity(matrix.shape[-1], matrix))
+
+
+def _newton(curvature: Tensor, gradient: Tensor) -> Tensor:
+    """The step M⁻¹ g; directions of negative or no curvature are taken as convex ones."""
+    matrix = _finite(curvature)
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    out = torch.cholesky_solve(gradient[..., None], root)[..., 0]
+    rows = torch.nonzero(failed).flatten()
+    if len(rows):
+        values, vectors = torch.linalg.eigh(matrix[rows])
+        along = (vectors.mT @ gradient[rows][..., None])[..., 0]
+        along = along / values.abs().clamp(min=_LEAST_CURVATURE)
+        out[rows] = (vectors @ along[..., None])[..., 0]
+    return out
+
+
+def natural_ascent(
+    model: Program,
+    families: Mapping[str, Family],
+    x: Tensor,
+    start: Tensor,
+    num_draws: int,
+    max_steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Climb from ``start`` to each row's optimum.
+
+    First a search on fixed draws, where a step is kept only if it improves the row and the trust
+    region shrinks where it does not; then steps on fresh draws at a falling rate, which remove
+    the bias of the fixed ones; then a check on further draws of what is left to gain.
+
+    Args:
+        model: A Pyro model.
+        families: `GaussianFamily` by latent site.
+        x: Rows.
+        start: λ of all sites, ``(batch, P)``.
+        num_draws: Draws per evaluation.
+        max_steps: Most evaluations per row, the check aside.
+
+    Returns:
+        λ ``(batch, P)``, the gain that a further step promises, what that figure would be at the
+        optimum from noise alone, and the evaluations spent, each ``(batch,)``.
+    """
+    local = _Local(model, families, start)
+    fixed = local.nodes(num_draws, start)
+    polish = min(_POLISH, max(1, max_steps // 2))
+    state = local.evaluate(x, *local.gaussian(start), fixed)
+    steps = torch.ones(len(x), dtype=torch.long, device=x.device)
+    _search(local, x, state, fixed, steps, max_steps - polish)
+    average = state.curvature.clone()
+    for t in range(1, polish + 1):
+        nodes = local.nodes(num_draws, start)
+        fresh = local.evaluate(x, state.loc, state.tril, nodes)
+        fresh = _usable(fresh, state)
+        # Nodes of a rule are the same every time: there is no noise to average out.
+        rate = 0.8 if local.size <= 2 else min(0.8, 2.4 / (t + 1))
+        average = average + max(1 / (t + 1), 0.2) * (fresh.curvature - average)
+        loc, tril = local.step(fresh, x.new_ones(len(x)), rate, average)
+        state = _State(loc, tril, fresh.value, fresh.gradient, fresh.curvature)
+    steps += polish
+    checks = []
+    for _ in range(_REPLICATES):
+        nodes = local.nodes(num_draws, start)
+        checks.append(local.evaluate(x, state.loc, state.tril, nodes))
+    steps += _REPLICATES
+    gradients = torch.stack([c.gradient for c in checks])
+    curvatures = torch.stack([c.curvature for c in checks])
+    gain = local.promise(gradients.mean(dim=0), curvatures.mean(dim=0))
+    # At the optimum each replicate promises only its noise, and their mean a fraction of that.
+    spread = local.promise(gradients.std(dim=0), _identity(local.size, x) + _wander(curvatures))
+    return local.params(state.loc, state.tril), gain, spread / _REPLICATES, steps
+
+
+def _identity(size: int, x: Tensor) -> Tensor:
+    return torch.eye(size).to(x)
+
+
+def _wander(curvatures: Tensor) -> Tensor:
+    return torch.diag_embed(curvatures.std(dim=0).diagonal(dim1=-2, dim2=-1))
+
+
+def _usable(fresh: _State, last: _State) -> _State:
+    """Rows whose evaluation is no number keep what was known of them before."""
+    bad = ~torch.isfinite(fresh.gradient.sum(-1) + fresh.curvature.sum((-1, -2)))
+    if bool(bad.any()):
+        where = torch.nonzero(bad).flatten()
+        fresh.gradient[where] = 0.0
+        fresh.curvature[where] = last.curvature[where]
+    return fresh
+
+
+def _search(
+    local: _Local, x: Tensor, state: _State, fixed: _Nodes, steps: Tensor, most: int
+) -> None:
+    """Trust-region ascent on fixed draws, in place; finished rows leave the batch."""
+    radius = x.new_full((len(x),), float(local.size) ** 0.5)
+    for _ in range(most):
+        promise = local.promise(state.gradient, state.curvature)
+        moving = torch.nonzero((promise > _SEARCH_GAIN) & (radius > 1e-3)).flatten()
+        if len(moving) == 0:
+            break
+        here = state.rows(moving)
+        loc, tril = local.step(here, radius[moving], 1.0)
+        there = local.evaluate(x[moving], loc, tril, fixed)
+        steps[moving] += 1
+        finite = torch.isfinite(there.value) & torch.isfinite(there.curvature).all(-1).all(-1)
+        better = finite & (there.value > here.value)
+        chosen = torch.nonzero(better).flatten()
+        state.put(moving[chosen], there, chosen)
+        radius[moving] = torch.where(better, 2 * radius[moving], 0.25 * radius[moving])

@@ -1,0 +1,1 @@
+"""Figures of a comparison, of the toy model and of a VAE."""

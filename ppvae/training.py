@@ -1,0 +1,320 @@
+"""Training a pair over a data set: stochastic variational inference with Adam."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ppvae.density import Program, check_pair, read_model
+from ppvae.guides import Amortized, PerDatapoint
+from ppvae.isolation import check_rows, evaluation_mode, forked_rng, private_store
+
+# A diverged run goes back to the last state kept; one is kept this often, in steps.
+_KEEP_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a training run did.
+
+    Attributes:
+        losses: ``(steps,)``: the loss per datum at each step, in nats (minus an ELBO estimate).
+        seconds: Wall time.
+        status: What happened, in words.
+        completed: Whether all steps were taken with finite losses.
+        steps: Number of steps taken.
+        batch_size: Rows per step.
+    """
+
+    losses: Tensor
+    seconds: float
+    status: str
+    completed: bool
+    steps: int
+    batch_size: int
+
+    def __repr__(self) -> str:
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        last = f"{float(tail.mean()):.4f}" if len(tail) else "none"
+        return (
+            f"Fit({self.status}; loss over the last tenth {last} nats a datum, "
+            f"{self.seconds:.1f} s)"
+        )
+
+
+class RowAdam:
+    """Adam on a table, for the rows of a minibatch alone (Kingma & Ba 2015).
+
+    Torch's Adam moves every row at every step through its moments, the rows that are not in the
+    minibatch too. Here a row's parameters, moments and step count change only with the row.
+
+    Args:
+        weight: The table, ``(num_data, num_params)``.
+        lr: Learning rate.
+    """
+
+    def __init__(self, weight: nn.Parameter, lr: float) -> None:
+        self.weight, self.lr = weight, lr
+        self.first = torch.zeros_like(weight)
+        self.second = torch.zeros_like(weight)
+        self.count = torch.zeros(len(weight), 1, dtype=weight.dtype, device=weight.device)
+
+    @torch.no_grad()
+    def step(self, rows: Tensor) -> None:
+        """Update these rows from ``weight.grad``."""
+        assert self.weight.grad is not None
+        gradient = self.weight.grad[rows]
+        self.count[rows] += 1
+        self.first[rows] = 0.9 * self.first[rows] + 0.1 * gradient
+        self.second[rows] = 0.999 * self.second[rows] + 0.001 * gradient**2
+        mean = self.first[rows] / (1 - 0.9 ** self.count[rows])
+        scale = (self.second[rows] / (1 - 0.999 ** self.count[rows])).sqrt() + 1e-8
+        self.weight[rows] -= self.lr * mean / scale
+
+
+_Batches = Iterator[tuple[Tensor, Tensor | None]]
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    x: Tensor | Dataset[Any] | DataLoader[Any],
+    *,
+    loss: ELBO | None = None,
+    steps: int = 2000,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool | Literal["auto"] = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> Fit:
+    r"""Train a pair by stochastic variational inference.
+
+    Each step takes the gradient of ``loss`` on a minibatch, divided by the number of its rows,
+    and an Adam step on the parameters of model and guide. Rows come in a fresh random order in
+    every pass.
+
+    The modules are trained in place and left on ``device``. Pyro's parameter store is left as it
+    was, except that bare ``pyro.param`` statements of hand-written functions keep their values
+    there, as they have no other home. The caller's random generators are left as they were.
+
+    Args:
+        model: A Pyro model with one local plate over the rows, called as ``model(x)``.
+        guide: A Pyro guide, called as ``guide(x)``.
+        x: The data: rows ``(num_data, *event)``; or a `Dataset` or `DataLoader` whose items are
+            rows, or tuples that begin with one (what follows, such as labels, is not used).
+        loss: A Pyro ELBO object, `TraceMeanField_ELBO()` if left out.
+        steps: Number of steps.
+        batch_size: Rows per step; at most all of them. A `DataLoader` brings its own.
+        lr: Adam's learning rate.
+        device: Where to train; where the modules are, if left out.
+        dtype: Floating point type to train in; that of the modules, if left out.
+        compile: ``"auto"`` and ``False`` run eagerly; this version has no compiled step.
+        seed: Seed of the order of the rows and of the draws.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The record of the run. A loss that is no longer finite, or an interrupt from the
+        keyboard, ends it early with the last good parameters kept, and ``status`` says so.
+
+    Raises:
+        ValueError: If the data, the model or the guide are unfit, an argument is out of range,
+            or nothing is there to train.
+
+    Example:
+        >>> from ppvae import pairs
+        >>> model, guide = pairs.exponential_gaussian()
+        >>> fit(model, guide, model(size=200), steps=20, progress=False).status
+        'completed 20 steps'
+    """
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")
+    if not lr > 0:
+        raise ValueError(f"lr must be positive; got {lr}.")
+    if compile is True:
+        raise ValueError("compile=True: this version has no compiled step; use compile='auto'.")
+    modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
+    for module in modules:
+        module.to(device=device, dtype=dtype)
+    loss = TraceMeanField_ELBO() if loss is None else loss
+    began = time.perf_counter()
+    with private_store(keep_bare=True), forked_rng(seed, torch.device(device or "cpu")):
+        batches = _batches(x, batch_size, device, dtype, modules, guide)
+        first, rows = next(batches)
+        # In eval mode: reading the pair must not move the running statistics of batch norm.
+        with _on_rows(guide, rows), evaluation_mode(*modules):
+            check_pair(model, guide, first)
+            _check_families(model, guide, first)
+        run = _Run(model, guide, loss, lr)
+        status, completed = run.train(_chain(first, rows, batches), steps, progress)
+    return Fit(
+        losses=torch.tensor(run.losses),
+        seconds=time.perf_counter() - began,
+        status=status,
+        completed=completed,
+        steps=len(run.losses),
+        batch_size=len(first),
+    )
+
+
+def _chain(first: Tensor, rows: Tensor | None, rest: _Batches) -> _Batches:
+    yield first, rows
+    yield from rest
+
+
+def _check_families(model: Program, guide: Program, x: Tensor) -> None:
+    if isinstance(guide, (Amortized, PerDatapoint)):
+        sites = read_model(model, x)
+        for name, family in guide.families.items():
+            family.check_site(sites.latents[name])
+
+
+def _on_rows(guide: Program, rows: Tensor | None) -> Any:
+    if isinstance(guide, PerDatapoint) and rows is not None:
+        return guide.rows(rows)
+    return nullcontext()
+
+
+def _batches(
+    x: Any,
+    batch_size: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    modules: list[nn.Module],
+    guide: Program,
+) -> _Batches:
+    """Minibatches without end, each with the numbers of its rows where they are known."""
+    if isinstance(x, Tensor):
+        x = x.to(device) if device is not None else x
+        x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
+        check_rows(x, *modules)
+        return _tensor_batches(x, batch_size)
+    if isinstance(guide, PerDatapoint):
+        raise ValueError(
+            "A PerDatapoint guide has a row of parameters for each datum, so fit has to know "
+            "which rows a minibatch holds: pass x as one tensor."
+        )
+    if not isinstance(x, DataLoader):
+        if len(x) == 0:
+            raise ValueError("x is a data set without items: expected at least one row.")
+        x = DataLoader(x, batch_size=min(batch_size, len(x)), shuffle=True)
+    return _loader_batches(x, device, dtype, modules)
+
+
+def _tensor_batches(x: Tensor, batch_size: int) -> _Batches:
+    size = min(batch_size, len(x))
+    while True:
+        order = torch.randperm(len(x)).to(x.device)
+        for at in range(0, len(x) - size + 1, size):
+            rows = order[at : at + size]
+            yield x[rows], rows
+
+
+def _loader_batches(
+    loader: DataLoader[Any], device: Any, dtype: Any, modules: list[nn.Module]
+) -> _Batches:
+    while True:
+        empty = True
+        for item in loader:
+            empty = False
+            rows = item[0] if isinstance(item, (tuple, list)) else item
+            rows = rows.to(device=device) if device is not None else rows
+            rows = rows.to(dtype) if dtype is not None and rows.is_floating_point() else rows
+            check_rows(rows, *modules)
+            yield rows, None
+        if empty:
+            raise ValueError("x is a DataLoader without batches: expected at least one.")
+
+
+class _Run:
+    """The state of a training run."""
+
+    def __init__(self, model: Program, guide: Program, loss: ELBO, lr: float) -> None:
+        self.model, self.guide, self.loss, self.lr = model, guide, loss, lr
+        self.losses: list[float] = []
+        self.params: list[Tensor] = []
+        self.optimizers: list[Callable[[Tensor | None], Any]] = []
+        self.good: list[Tensor] = []
+
+    def train(self, batches: _Batches, steps: int, progress: bool) -> tuple[str, bool]:
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step", leave=False)
+        try:
+            for step in range(steps):
+                value = self._step(*next(batches))
+                if value is None:
+                    self._restore()
+                    return f"diverged at step {step + 1}: {self._advice(step)}", False
+                self.losses.append(value)
+                if step % _KEEP_EVERY == 0:
+                    self.good = [p.detach().clone() for p in self.params]
+                    bar.set_postfix(loss=f"{value:.3f}")
+                bar.update()
+        except KeyboardInterrupt:
+            return f"interrupted after {len(self.losses)} of {steps} steps", False
+        finally:
+            bar.close()
+        return f"completed {steps} steps", True
+
+    def _advice(self, step: int) -> str:
+        kept = step - step % _KEEP_EVERY if step else 0
+        return f"the parameters after step {kept} were kept; lower lr, or check the data's scale"
+
+    def _restore(self) -> None:
+        with torch.no_grad():
+            for param, good in zip(self.params, self.good, strict=True):
+                param.copy_(good)
+
+    def _step(self, x: Tensor, rows: Tensor | None) -> float | None:
+        """One step; `None`, and nothing changed, if its loss or gradient is not finite."""
+        for param in self.params:
+            param.grad = None
+        with _on_rows(self.guide, rows):
+            if not self.params:
+                self._collect(x)
+            total = self.loss.loss_and_grads(self.model, self.guide, x) / len(x)
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        if not gradients:
+            raise ValueError("Nothing to train: no parameter of model or guide has a gradient.")
+        norm = sum(g.square().sum() for g in gradients)
+        if not bool(torch.isfinite(torch.as_tensor(norm + total))):
+            return None
+        torch._foreach_div_(gradients, float(len(x)))
+        for update in self.optimizers:
+            update(rows)
+        return float(total)
+
+    def _collect(self, x: Tensor) -> None:
+        """Find all parameters, as Pyro's own SVI does, and give each an optimizer."""
+        with poutine.trace(param_only=True) as capture, torch.no_grad():
+            self.loss.loss(self.model, self.guide, x)
+        found = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+        for module in (self.model, self.guide):
+            if isinstance(module, nn.Module):
+                found += list(module.parameters())
+        unique = {id(p): p for p in found if p.requires_grad and p.is_leaf}
+        self.params = list(unique.values())
+        self.good = [p.detach().clone() for p in self.params]
+        tables: list[nn.Parameter] = []
+        if isinstance(self.guide, PerDatapoint):
+            tables = [self.guide.table(site).weight for site in self.guide.families]
+        for table in tables:
+            if table.requires_grad:
+                self.optimizers.append(RowAdam(table, self.lr).step)  # type: ignore[arg-type]
+        others = [p for p in self.params if not any(p is t for t in tables)]
+        if others:
+            adam = torch.optim.Adam(others, lr=self.lr)
+            self.optimizers.append(lambda _: adam.step())
