@@ -233,6 +233,20 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
     return sites
 
 
+def read_guide(guide: Program, x: Tensor) -> tuple[str, dict[str, Any]]:
+    """Run a guide once; give its plate's name and, by site, the distributions it drew from.
+
+    Auxiliary sites are left out.
+    """
+    trace = poutine.trace(guide).get_trace(x)
+    members, plate = {}, "data"
+    for name, site in _sample_sites(trace):
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False):
+            members[name] = site["fn"]
+            plate = next((f.name for f in _local_frames(site)), plate)
+    return plate, members
+
+
 def _site_log_prob(site: dict[str, Any], *, observed: bool) -> Tensor:
     """Unscaled log density of a site, −inf where a latent value lies outside of the support."""
     fn, value = site["fn"], site["value"]

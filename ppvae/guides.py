@@ -11,10 +11,9 @@ from contextlib import contextmanager
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
-from ppvae.density import Program, check_pair, judging
+from ppvae.density import Program, check_pair, judging, read_guide
 from ppvae.families import Family, read_member
 from ppvae.isolation import OwnedModule, check_rows, device_of
 from ppvae.nn import Table
@@ -219,23 +218,17 @@ def per_datapoint(guide: Program, x: Tensor, *, model: Program | None = None) ->
 
 
 def _read_guide(guide: Program, x: Tensor) -> tuple[dict[str, Family], dict[str, Tensor], str]:
+    plate, members = read_guide(guide, x)
+    # A second run has other draws: parameters that differ depend on another latent.
+    _, again = read_guide(guide, x)
     families: dict[str, Family] = {}
     params: dict[str, Tensor] = {}
-    plate = "data"
-    traces = [poutine.trace(guide).get_trace(x) for _ in range(2)]
-    for name, site in traces[0].nodes.items():
-        if site["type"] != "sample" or site["is_observed"]:
-            continue
-        if site["infer"].get("is_auxiliary", False):
-            continue
-        families[name], params[name] = read_member(name, site["fn"])
-        # A second run has other draws: parameters that differ depend on another latent.
-        again = read_member(name, traces[1].nodes[name]["fn"])[1]
-        if not torch.equal(params[name], again):
+    for name, member in members.items():
+        families[name], params[name] = read_member(name, member)
+        if not torch.equal(params[name], read_member(name, again[name])[1]):
             raise ValueError(
                 f"Site {name!r}: its distribution depends on another latent variable, or on a "
                 f"random number, so it has no parameters per datum to free. Name a family to "
                 f"measure against instead: family=DiagonalNormal(...)."
             )
-        plate = next((f.name for f in site["cond_indep_stack"] if f.vectorized), plate)
     return families, params, plate

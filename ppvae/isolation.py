@@ -145,18 +145,18 @@ def check_rows(x: Tensor, *modules: Any, name: str = "x") -> None:
             f"{name} has dtype {x.dtype}, expected a floating point tensor. "
             f"Convert it with {name}.float(), and scale or binarise it as the likelihood expects."
         )
+    device = device_of(*modules)
+    if device is not None and device != x.device:
+        raise ValueError(
+            f"{name} is on {x.device} but the parameters are on {device}. "
+            f"Move one of them: {name}.to({str(device)!r}) or model.to({str(x.device)!r})."
+        )
     finite = torch.isfinite(x).reshape(x.shape[0], -1).all(dim=-1)
     if not bool(finite.all()):
         bad = torch.nonzero(~finite).flatten()
         raise ValueError(
             f"{name} has NaN or infinite values in {len(bad)} of {x.shape[0]} rows "
             f"(the first: row {int(bad[0])}). Remove or impute these rows first."
-        )
-    device = device_of(*modules)
-    if device is not None and device != x.device:
-        raise ValueError(
-            f"{name} is on {x.device} but the parameters are on {device}. "
-            f"Move one of them: {name}.to({str(device)!r}) or model.to({str(x.device)!r})."
         )
 
 

@@ -262,21 +262,27 @@ def natural_ascent(
     """
     local = _Local(model, families, start)
     fixed = local.nodes(num_draws, start)
-    polish = min(_POLISH, max(1, max_steps // 2))
+    # The nodes of a rule are the same every time: there is no bias for fresh ones to remove.
+    deterministic = local.size <= 2
+    polish = 0 if deterministic else min(_POLISH, max(1, max_steps // 2))
+    enough = 1e-6 if deterministic else _SEARCH_GAIN
     state = local.evaluate(x, *local.gaussian(start), fixed)
     steps = torch.ones(len(x), dtype=torch.long, device=x.device)
-    _search(local, x, state, fixed, steps, max_steps - polish)
+    _search(local, x, state, fixed, steps, max_steps - polish, enough)
     average = state.curvature.clone()
     for t in range(1, polish + 1):
         nodes = local.nodes(num_draws, start)
         fresh = local.evaluate(x, state.loc, state.tril, nodes)
         fresh = _usable(fresh, state)
-        # Nodes of a rule are the same every time: there is no noise to average out.
-        rate = 0.8 if local.size <= 2 else min(0.8, 2.4 / (t + 1))
+        rate = min(0.8, 2.4 / (t + 1))
         average = average + max(1 / (t + 1), 0.2) * (fresh.curvature - average)
         loc, tril = local.step(fresh, x.new_ones(len(x)), rate, average)
         state = _State(loc, tril, fresh.value, fresh.gradient, fresh.curvature)
     steps += polish
+    params = local.params(state.loc, state.tril)
+    if deterministic:
+        gain = local.promise(state.gradient, state.curvature)
+        return params, gain, torch.zeros_like(gain), steps
     checks = []
     for _ in range(_REPLICATES):
         nodes = local.nodes(num_draws, start)
@@ -287,7 +293,7 @@ def natural_ascent(
     gain = local.promise(gradients.mean(dim=0), curvatures.mean(dim=0))
     # At the optimum each replicate promises only its noise, and their mean a fraction of that.
     spread = local.promise(gradients.std(dim=0), _identity(local.size, x) + _wander(curvatures))
-    return local.params(state.loc, state.tril), gain, spread / _REPLICATES, steps
+    return params, gain, spread / _REPLICATES, steps
 
 
 def _identity(size: int, x: Tensor) -> Tensor:
@@ -309,13 +315,19 @@ def _usable(fresh: _State, last: _State) -> _State:
 
 
 def _search(
-    local: _Local, x: Tensor, state: _State, fixed: _Nodes, steps: Tensor, most: int
+    local: _Local,
+    x: Tensor,
+    state: _State,
+    fixed: _Nodes,
+    steps: Tensor,
+    most: int,
+    enough: float,
 ) -> None:
     """Trust-region ascent on fixed draws, in place; finished rows leave the batch."""
     radius = x.new_full((len(x),), float(local.size) ** 0.5)
     for _ in range(most):
         promise = local.promise(state.gradient, state.curvature)
-        moving = torch.nonzero((promise > _SEARCH_GAIN) & (radius > 1e-3)).flatten()
+        moving = torch.nonzero((promise > enough) & (radius > 1e-3)).flatten()
         if len(moving) == 0:
             break
         here = state.rows(moving)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ppvae.density import Program, check_pair, read_model
 from ppvae.guides import Amortized, PerDatapoint
-from ppvae.isolation import check_rows, evaluation_mode, forked_rng, private_store
+from ppvae.isolation import check_rows, device_of, evaluation_mode, forked_rng, private_store
 
 # A diverged run goes back to the last state kept; one is kept this often, in steps.
 _KEEP_EVERY = 100
@@ -150,7 +151,10 @@ def fit(
         module.to(device=device, dtype=dtype)
     loss = TraceMeanField_ELBO() if loss is None else loss
     began = time.perf_counter()
-    with private_store(keep_bare=True), forked_rng(seed, torch.device(device or "cpu")):
+    where = torch.device(device or device_of(*modules) or "cpu")
+    with private_store(keep_bare=True), forked_rng(seed, where), warnings.catch_warnings():
+        # Pyro warns of every frozen parameter; freezing one is a choice here.
+        warnings.filterwarnings("ignore", ".* because requires_grad=False", UserWarning)
         batches = _batches(x, batch_size, device, dtype, modules, guide)
         first, rows = next(batches)
         # In eval mode: reading the pair must not move the running statistics of batch norm.
@@ -247,6 +251,7 @@ class _Run:
         self.params: list[Tensor] = []
         self.optimizers: list[Callable[[Tensor | None], Any]] = []
         self.good: list[Tensor] = []
+        self.kept = 0
 
     def train(self, batches: _Batches, steps: int, progress: bool) -> tuple[str, bool]:
         from tqdm.auto import tqdm
@@ -254,29 +259,47 @@ class _Run:
         bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step", leave=False)
         try:
             for step in range(steps):
-                value = self._step(*next(batches))
+                value = self._guarded(*next(batches))
                 if value is None:
-                    self._restore()
-                    return f"diverged at step {step + 1}: {self._advice(step)}", False
-                self.losses.append(value)
+                    self._put(self.good)
+                    return f"diverged at step {step + 1}: {self._advice()}", False
                 if step % _KEEP_EVERY == 0:
-                    self.good = [p.detach().clone() for p in self.params]
                     bar.set_postfix(loss=f"{value:.3f}")
                 bar.update()
         except KeyboardInterrupt:
             return f"interrupted after {len(self.losses)} of {steps} steps", False
         finally:
             bar.close()
+            for param in self.params:
+                param.grad = None
         return f"completed {steps} steps", True
 
-    def _advice(self, step: int) -> str:
-        kept = step - step % _KEEP_EVERY if step else 0
-        return f"the parameters after step {kept} were kept; lower lr, or check the data's scale"
+    def _advice(self) -> str:
+        return (
+            f"the parameters after {self.kept} steps were kept; lower lr, or check the data's scale"
+        )
 
-    def _restore(self) -> None:
+    def _put(self, values: list[Tensor]) -> None:
         with torch.no_grad():
-            for param, good in zip(self.params, self.good, strict=True):
-                param.copy_(good)
+            for param, value in zip(self.params, values, strict=True):
+                param.copy_(value)
+
+    def _guarded(self, x: Tensor, rows: Tensor | None) -> float | None:
+        """A step; `None` too where parameters went where Pyro refuses their distributions."""
+        try:
+            return self._step(x, rows)
+        except ValueError:
+            if not self.losses:
+                raise
+            reached = [p.detach().clone() for p in self.params]
+            self._put(self.good)
+            try:
+                with torch.no_grad(), _on_rows(self.guide, rows):
+                    self.loss.loss(self.model, self.guide, x)
+            except ValueError:
+                self._put(reached)  # Refused with good parameters too: the rows are at fault.
+                raise
+            return None
 
     def _step(self, x: Tensor, rows: Tensor | None) -> float | None:
         """One step; `None`, and nothing changed, if its loss or gradient is not finite."""
@@ -292,6 +315,11 @@ class _Run:
         norm = sum(g.square().sum() for g in gradients)
         if not bool(torch.isfinite(torch.as_tensor(norm + total))):
             return None
+        if len(self.losses) % _KEEP_EVERY == 0:
+            # Known to be good only now, that their loss and gradient are finite.
+            self.good = [p.detach().clone() for p in self.params]
+            self.kept = len(self.losses)
+        self.losses.append(float(total))
         torch._foreach_div_(gradients, float(len(x)))
         for update in self.optimizers:
             update(rows)

@@ -1,0 +1,365 @@
+"""Figures: what is drawn is the result that was given, and nothing else is touched."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import ppvae
+from ppvae import pairs, plots
+from ppvae.families import Gamma, LogNormal
+from ppvae.isolation import forked_rng, private_store
+
+ROWS = [1.5, 0.0, 3.0, -1.0, 6.0]
+
+
+@pytest.fixture(scope="module")
+def toy() -> SimpleNamespace:
+    with forked_rng(0):
+        model, guide = pairs.exponential_gaussian()
+    x = torch.tensor(ROWS, dtype=torch.float32)
+    guide, model = guide.float(), model.float()
+    comparison = ppvae.compare(model, guide, x, num_samples=200)
+    return SimpleNamespace(model=model, guide=guide, x=x, comparison=comparison)
+
+
+@pytest.fixture(scope="module")
+def vae() -> SimpleNamespace:
+    with forked_rng(0):
+        model, guide = pairs.vae(x_dim=12, z_dim=2, hidden=[16])
+        x = torch.bernoulli(torch.full((7, 12), 0.4))
+    return SimpleNamespace(
+        model=model.float(),
+        guide=guide.float(),
+        x=x.float(),
+        shape=(3, 4),
+        labels=[0, 1, 0, 2, 1, 0, 2],
+    )
+
+
+def axes() -> Any:
+    return Figure().add_subplot()
+
+
+def curves(ax: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {line.get_label().split("(")[0].strip(): line.get_data() for line in ax.lines}
+
+
+def tiles(ax: Any, shape: tuple[int, int], columns: int) -> torch.Tensor:
+    """The images of a sheet, row by row; between them it holds no numbers."""
+    (image,) = ax.images
+    sheet = np.ma.filled(image.get_array(), np.nan)
+    height, width = shape
+    out = [
+        sheet[top : top + height, left : left + width].reshape(-1)
+        for top in range(0, sheet.shape[0], height + 1)
+        for left in range(0, sheet.shape[1], width + 1)
+    ]
+    assert sheet.shape[1] == columns * (width + 1) - 1
+    between = sheet.size - sum(tile.size for tile in out)
+    assert np.isnan(sheet).sum() == between
+    return torch.as_tensor(np.array(out))
+
+
+# --- The toy's posterior -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_the_drawn_posterior_is_the_models_and_integrates_to_one(
+    toy: SimpleNamespace, row: int
+) -> None:
+    ax = plots.toy_posterior(toy.x, toy.guide, toy.comparison.local, row=row, ax=axes())
+    z, density = curves(ax)["exact posterior p"]
+    exact = torch.exp(toy.model.posterior(toy.x[row].double()).log_prob(torch.as_tensor(z)))
+    np.testing.assert_allclose(density, exact, rtol=1e-10)
+    # The trapezoidal rule's error is of the order of the cell squared, the tail left out is 1e-5.
+    assert np.trapezoid(density, z) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_prior_times_likelihood_over_evidence_is_the_drawn_posterior(
+    toy: SimpleNamespace, row: int
+) -> None:
+    drawn = curves(plots.toy_posterior(toy.x, toy.guide, toy.comparison.local, row=row, ax=axes()))
+    joint = drawn["prior p"][1] * drawn["likelihood p"][1]
+    evidence = float(torch.exp(toy.model.log_evidence(toy.x[row].double())))
+    np.testing.assert_allclose(joint / evidence, drawn["exact posterior p"][1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("row", [0, 1, -1])
+def test_both_guides_are_drawn_at_the_parameters_of_that_row(
+    toy: SimpleNamespace, row: int
+) -> None:
+    ax = plots.toy_posterior(toy.x, toy.guide, toy.comparison.local, row=row, ax=axes())
+    assert ax.get_title() == f"x = {ROWS[row]:g}"
+    drawn = curves(ax)
+    wanted = {
+        "amortized q": toy.guide.params(toy.x)[row].detach(),
+        "per-datapoint q*": toy.comparison.local.guide.table("z").weight[row].detach(),
+    }
+    for label, params in wanted.items():
+        z, density = drawn[label]
+        member = LogNormal().distribution(params.double())
+        np.testing.assert_allclose(density, member.log_prob(torch.as_tensor(z)).exp())
+
+
+def test_the_better_fit_is_drawn_nearer_to_the_posterior(toy: SimpleNamespace) -> None:
+    """KL(q | posterior) of the drawn curves: that of q* is the smaller, and is the gap."""
+    ax = plots.toy_posterior(toy.x, toy.guide, toy.comparison.local, row=2, ax=axes())
+    drawn = curves(ax)
+    z, posterior = drawn["exact posterior p"]
+
+    def divergence(name: str) -> float:
+        q = drawn[name][1]
+        inside = q > 1e-12
+        integrand = np.zeros_like(q)
+        integrand[inside] = q[inside] * np.log(q[inside] / posterior[inside])
+        return float(np.trapezoid(integrand, z))
+
+    best = divergence("per-datapoint q*")
+    assert best < divergence("amortized q")
+    gap = float(toy.comparison.dataset["approximation_gap"][2])
+    stderr = float(toy.comparison.dataset["approximation_gap_stderr"][2])
+    # The window holds all of the posterior; of a log-normal's tail it leaves some out.
+    assert best == pytest.approx(gap, abs=5 * stderr)
+
+
+def test_a_density_without_bound_at_zero_leaves_room_for_the_rest(toy: SimpleNamespace) -> None:
+    free = ppvae.PerDatapoint(Gamma(), 1)
+    with torch.no_grad():
+        free.table("z").weight.copy_(torch.tensor([[-1.5, 0.0]]))
+    ax = plots.toy_posterior(toy.x[:1], toy.guide, free, ax=axes())
+    drawn = curves(ax)
+    assert drawn["per-datapoint q*"][1].max() > ax.get_ylim()[1]
+    assert drawn["exact posterior p"][1].max() > 0.1 * ax.get_ylim()[1]
+
+
+def test_toy_posterior_refuses_rows_that_do_not_fit(toy: SimpleNamespace) -> None:
+    local = toy.comparison.local
+    with pytest.raises(ValueError, match=r"shape \(batch,\); got \(5, 1\)"):
+        plots.toy_posterior(toy.x[:, None], toy.guide, local)
+    with pytest.raises(ValueError, match="a row of the 5 in x; got 5"):
+        plots.toy_posterior(toy.x, toy.guide, local, row=5)
+    with pytest.raises(ValueError, match="expected x with 5 rows"):
+        plots.toy_posterior(toy.x[:2], toy.guide, local)
+
+
+# --- Gaps --------------------------------------------------------------------------------------
+
+
+def test_bars_are_the_means_and_their_whiskers_two_standard_errors(toy: SimpleNamespace) -> None:
+    ax = plots.gap_bars(toy.comparison, ax=axes())
+    for container, gap in zip(ax.containers[1::2], ("approximation", "amortization"), strict=True):
+        mean, stderr = toy.comparison.mean(f"{gap}_gap")
+        assert container.get_label() == f"{gap} gap"
+        (bar,) = container
+        assert bar.get_height() == pytest.approx(mean)
+        ((low, high),) = container.errorbar.lines[2][0].get_segments()
+        assert (low[1], high[1]) == pytest.approx((mean - 2 * stderr, mean + 2 * stderr))
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["LogNormal()"]
+
+
+def test_bars_of_several_comparisons_stand_under_their_names(toy: SimpleNamespace) -> None:
+    other = ppvae.compare(toy.model, toy.guide, toy.x, family=Gamma(), num_samples=200)
+    ax = plots.gap_bars({"one": toy.comparison, "two": other}, ax=axes())
+    heights = [bar.get_height() for bar in ax.containers[1]]
+    expected = [each.mean("approximation_gap")[0] for each in (toy.comparison, other)]
+    assert heights == pytest.approx(expected)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["one", "two"]
+    with pytest.raises(ValueError, match="at least one"):
+        plots.gap_bars({})
+
+
+def test_gaps_stand_above_the_covariate_of_their_datum(toy: SimpleNamespace) -> None:
+    ax = plots.gap_against(toy.comparison, toy.x, label="x", ax=axes())
+    dataset = toy.comparison.dataset
+    for container, gap in zip(ax.containers, ("approximation", "amortization"), strict=True):
+        x, value = container.lines[0].get_data()
+        drawn = dict(zip(x.tolist(), value.tolist(), strict=True))
+        assert drawn == pytest.approx(dict(zip(ROWS, dataset[f"{gap}_gap"].values, strict=True)))
+        lengths = {
+            float(low[0]): float(high[1] - low[1])
+            for low, high in container.lines[2][0].get_segments()
+        }
+        stderr = dataset[f"{gap}_gap_stderr"].values
+        assert lengths == pytest.approx(dict(zip(ROWS, 4 * stderr, strict=True)), abs=1e-7)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "gap ± 2 standard errors (nats)")
+    with pytest.raises(ValueError, match=r"expected shape \(5,\)"):
+        plots.gap_against(toy.comparison, toy.x[:3], label="x")
+
+
+def test_sorted_gaps_are_the_gaps_with_their_own_bands(toy: SimpleNamespace) -> None:
+    ax = plots.gap_sorted(toy.comparison, ax=axes())
+    dataset = toy.comparison.dataset
+    for line, band, gap in zip(
+        ax.lines[:2], ax.collections, ("approximation", "amortization"), strict=True
+    ):
+        rank, value = line.get_data()
+        assert (np.diff(value) >= 0).all()
+        assert sorted(dataset[f"{gap}_gap"].values) == pytest.approx(list(value))
+        stderr = dict(
+            zip(dataset[f"{gap}_gap"].values, dataset[f"{gap}_gap_stderr"].values, strict=True)
+        )
+        corners = band.get_paths()[0].vertices
+        for at, middle in zip(rank, value, strict=True):
+            edge = corners[corners[:, 0] == at, 1]
+            width = 4 * stderr[middle]
+            assert edge.max() - edge.min() == pytest.approx(width, abs=1e-6)
+
+
+def test_the_two_gaps_differ_in_more_than_colour(toy: SimpleNamespace) -> None:
+    bars = plots.gap_bars(toy.comparison, ax=axes())
+    assert len({bar.get_hatch() for bar in bars.patches}) == 2
+    marks = plots.gap_against(toy.comparison, toy.x, label="x", ax=axes())
+    assert len({c.lines[0].get_marker() for c in marks.containers}) == 2
+    styles = plots.gap_sorted(toy.comparison, ax=axes())
+    assert len({line.get_linestyle() for line in styles.lines[:2]}) == 2
+
+
+# --- Images ------------------------------------------------------------------------------------
+
+
+def test_samples_are_decoded_draws_from_the_prior(vae: SimpleNamespace) -> None:
+    ax = plots.samples(vae.model, vae.shape, rows=2, columns=3, seed=5, ax=axes())
+    with forked_rng(5):
+        z = torch.randn(6, 2, dtype=torch.get_default_dtype())
+    wanted = vae.model.decode(z.float())
+    torch.testing.assert_close(tiles(ax, vae.shape, 3).float(), wanted)
+    other = plots.samples(vae.model, vae.shape, rows=2, columns=3, seed=6, ax=axes())
+    assert not torch.allclose(tiles(ax, vae.shape, 3), tiles(other, vae.shape, 3))
+
+
+def test_reconstructions_stand_under_their_images(vae: SimpleNamespace) -> None:
+    ax = plots.reconstructions(vae.model, vae.guide, vae.x, vae.shape, ax=axes())
+    above, below = tiles(ax, vae.shape, 7).float().split(7)
+    torch.testing.assert_close(above, vae.x)
+    with torch.no_grad():
+        loc = vae.guide.params(vae.x)[:, :2]
+    torch.testing.assert_close(below, vae.model.decode(loc))
+
+
+def test_scattered_points_are_the_means_of_q_under_their_labels(vae: SimpleNamespace) -> None:
+    ax = plots.latent_scatter(vae.guide, vae.x, vae.labels, ax=axes())
+    with torch.no_grad():
+        loc = vae.guide.params(vae.x)[:, :2].numpy()
+    for label, points in zip([0, 1, 2], ax.collections, strict=True):
+        chosen = [row for row, own in enumerate(vae.labels) if own == label]
+        assert points.get_label() == str(label)
+        np.testing.assert_allclose(points.get_offsets(), loc[chosen], rtol=1e-6)
+    (points,) = plots.latent_scatter(vae.guide, vae.x, ax=axes()).collections
+    np.testing.assert_allclose(points.get_offsets(), loc, rtol=1e-6)
+
+
+def test_the_latent_grid_decodes_the_quantiles_of_the_prior(vae: SimpleNamespace) -> None:
+    size = 4
+    ax = plots.latent_grid(vae.model, vae.shape, size=size, ax=axes())
+    drawn = tiles(ax, vae.shape, size).float().reshape(size, size, -1)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    share = (torch.arange(size) + 0.5) / size
+    for row in range(size):
+        for column in range(size):
+            # z₁ rises to the right, z₂ upwards.
+            z = normal.icdf(torch.stack([share[column], share[size - 1 - row]])).float()
+            torch.testing.assert_close(drawn[row, column], vae.model.decode(z), atol=1e-5, rtol=0)
+
+
+def test_latent_figures_need_two_dimensions() -> None:
+    model, guide = pairs.vae(x_dim=12, z_dim=3, hidden=[4])
+    x = torch.zeros(2, 12)
+    with pytest.raises(ValueError, match=r"two-dimensional latent; DiagonalNormal\(3\).*z_dim=2"):
+        plots.latent_scatter(guide, x)
+    with pytest.raises(ValueError, match="two-dimensional latent; the model has z_dim=3"):
+        plots.latent_grid(model, (3, 4))
+
+
+@pytest.mark.parametrize("shape", [(12,), (4, 4), (3, 2, 2)])
+def test_images_need_their_height_and_width(vae: SimpleNamespace, shape: tuple[int, ...]) -> None:
+    for draw in (
+        lambda: plots.samples(vae.model, shape),
+        lambda: plots.reconstructions(vae.model, vae.guide, vae.x, shape),
+        lambda: plots.latent_grid(vae.model, shape),
+    ):
+        with pytest.raises(ValueError, match="height and width of an image of 12 pixels"):
+            draw()
+
+
+def test_sizes_and_labels_are_checked(vae: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="at least 1; got 0 and 10"):
+        plots.samples(vae.model, vae.shape, rows=0)
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        plots.latent_grid(vae.model, vae.shape, size=0)
+    with pytest.raises(ValueError, match=r"expected shape \(7,\)"):
+        plots.latent_scatter(vae.guide, vae.x, [1, 2])
+
+
+# --- All of them -------------------------------------------------------------------------------
+
+EVERY: dict[str, Callable[[SimpleNamespace, SimpleNamespace, Any], Any]] = {
+    "toy_posterior": lambda t, v, ax: plots.toy_posterior(t.x, t.guide, t.comparison.local, ax=ax),
+    "gap_against": lambda t, v, ax: plots.gap_against(t.comparison, t.x, label="x", ax=ax),
+    "gap_bars": lambda t, v, ax: plots.gap_bars(t.comparison, ax=ax),
+    "gap_sorted": lambda t, v, ax: plots.gap_sorted(t.comparison, ax=ax),
+    "samples": lambda t, v, ax: plots.samples(v.model, v.shape, ax=ax),
+    "reconstructions": lambda t, v, ax: plots.reconstructions(
+        v.model, v.guide, v.x, v.shape, ax=ax
+    ),
+    "latent_scatter": lambda t, v, ax: plots.latent_scatter(v.guide, v.x, v.labels, ax=ax),
+    "latent_grid": lambda t, v, ax: plots.latent_grid(v.model, v.shape, ax=ax),
+}
+each_plot = pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY.keys())
+
+
+def test_every_public_function_is_in_the_list() -> None:
+    public = {
+        name
+        for name, value in vars(plots).items()
+        if callable(value)
+        and not name.startswith("_")
+        and getattr(value, "__module__", "") == plots.__name__
+    }
+    assert public == set(EVERY)
+
+
+@each_plot
+def test_a_plot_draws_into_the_axes_given_and_into_no_other(
+    draw: Any, toy: SimpleNamespace, vae: SimpleNamespace
+) -> None:
+    ax = axes()
+    open_figures = plt.get_fignums()
+    assert draw(toy, vae, ax) is ax
+    assert plt.get_fignums() == open_figures
+    ax.figure.canvas.draw()  # warnings, of missing glyphs say, are errors here
+
+
+@each_plot
+def test_a_plot_without_axes_makes_one_figure(
+    draw: Any, toy: SimpleNamespace, vae: SimpleNamespace
+) -> None:
+    ax = draw(toy, vae, None)
+    assert [ax.figure.number] == plt.get_fignums()
+
+
+@each_plot
+def test_a_plot_leaves_everything_else_alone(
+    draw: Any, toy: SimpleNamespace, vae: SimpleNamespace
+) -> None:
+    with private_store():
+        pyro.param("mine", torch.ones(1))
+        before = (dict(mpl.rcParams), torch.get_rng_state(), np.random.get_state()[1].copy())
+        modules = [toy.model, toy.guide, vae.model, vae.guide]
+        for module in modules:
+            module.train()
+        draw(toy, vae, axes())
+        assert dict(mpl.rcParams) == before[0]
+        assert torch.equal(torch.get_rng_state(), before[1])
+        assert (np.random.get_state()[1] == before[2]).all()
+        assert list(pyro.get_param_store().keys()) == ["mine"]
+        assert all(part.training for module in modules for part in module.modules())
+        assert all(p.requires_grad for module in modules for p in module.parameters())
