@@ -83,9 +83,9 @@ print(comparison)
 
 # %%
 # Against x one sees where each gap comes from. The approximation gap belongs to the posterior's
-# shape: it is largest where the cut at zero takes away much of the normal, and goes to zero where
-# the posterior lies well inside. The amortization gap belongs to the encoder: it depends on how
-# much the encoder has seen of such data.
+# shape: it is large where the cut at zero goes through the bulk of the normal, and goes to zero
+# where the posterior lies well inside. The amortization gap belongs to the encoder: it depends on
+# how much the encoder has seen of such data.
 
 plots.gap_against(comparison, x_test, label="x")
 

@@ -70,6 +70,24 @@ _OWN = _Defaults("", None, (), 2000, 128, 1e-3, 100)
 _SIMULATED_DIM = 6
 
 
+def _defaults_in_words() -> str:
+    """What is taken where the command line is silent, a paragraph for each model."""
+    lines = []
+    for name, its in [*_MODELS.items(), ("a PAIR of your own", _OWN)]:
+        options = {
+            "guide-family": its.family or None,
+            "z-dim": its.z_dim,
+            "hidden": ",".join(map(str, its.hidden)) or ('""' if its.family else None),
+            "steps": its.steps,
+            "batch-size": its.batch_size,
+            "lr": its.lr,
+            "num-data": its.num_data,
+        }
+        given = " ".join(f"--{key} {value}" for key, value in options.items() if value is not None)
+        lines.append(f"Defaults of {name}: {given}")
+    return "\n\n".join(lines)
+
+
 @dataclass(frozen=True)
 class _Settings:
     """All that a run depends on, with every default filled in."""
@@ -88,6 +106,8 @@ class _Settings:
     lr: float
     num_data: int
     num_samples: int
+    evidence_samples: int
+    max_steps: int | None
     device: str
     seed: int
 
@@ -133,7 +153,7 @@ def _finite(context: click.Context, param: click.Parameter, value: float | None)
     return value
 
 
-@cli.command(name="compare")
+@cli.command(name="compare", epilog=_defaults_in_words())
 @click.argument("pair", required=False)
 @click.option(
     "--model",
@@ -178,6 +198,16 @@ def _finite(context: click.Context, param: click.Parameter, value: float | None)
     show_default=True,
     help="Draws per row and guide for the ELBOs.",
 )
+@click.option(
+    "--evidence-samples",
+    type=click.IntRange(min=100),
+    default=5000,
+    show_default=True,
+    help="Draws per row and guide for an importance-weighted evidence.",
+)
+@click.option(
+    "--max-steps", type=click.IntRange(min=1), help="Most evaluations per row to find q*."
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--out", default="ppvae-out", show_default=True, metavar="DIR", help="For the files.")
@@ -200,6 +230,8 @@ def compare_command(
     lr: float | None,
     num_data: int | None,
     num_samples: int,
+    evidence_samples: int,
+    max_steps: int | None,
     device: str,
     seed: int,
     out: str,
@@ -247,6 +279,8 @@ def compare_command(
         lr=lr or default.lr,
         num_data=num_data or default.num_data,
         num_samples=num_samples,
+        evidence_samples=evidence_samples,
+        max_steps=max_steps,
         device=str(_device(device)),
         seed=seed,
     )
@@ -306,6 +340,8 @@ def _compare(settings: _Settings, out: Path, *, progress: bool) -> None:
         rows.test,
         fit=training,
         num_samples=settings.num_samples,
+        evidence_samples=settings.evidence_samples,
+        max_steps=settings.max_steps,
         seed=settings.seed,
     )
     click.echo(str(comparison))
@@ -579,7 +615,9 @@ def _vae_figures(
 
 def _write_toy(model: Any, guide: Any, settings: _Settings, out: Path) -> Path:
     x = torch.tensor([1.5, 0.0], device=settings.device)
-    local = fit_per_datapoint(model, None, x, init=guide, seed=settings.seed)
+    local = fit_per_datapoint(
+        model, None, x, init=guide, max_steps=settings.max_steps, seed=settings.seed
+    )
 
     figure, axes = _figure((9, 3.8), columns=2)
     for row, ax in enumerate(axes):

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# ArviZ needs five weights in the tail, which is a fifth of them.
+_LEAST_DRAWS = 25
+# Weights this close, in nats, are equal: what differs is rounding.
+_EQUAL = 1e-4
 
 
 def pareto_k(weights: Tensor) -> Tensor:
@@ -20,7 +26,8 @@ def pareto_k(weights: Tensor) -> Tensor:
         weights: Log weights, ``(num_samples, batch)``, nats.
 
     Returns:
-        ``(batch,)``; −inf where all weights of a row are equal, NaN where one is no number.
+        ``(batch,)``; −inf where the weights of a row, or the largest of them, are equal; NaN
+        where all are zero or one is no number, and with fewer than 25 draws.
 
     Example:
         >>> import torch
@@ -34,12 +41,19 @@ def pareto_k(weights: Tensor) -> Tensor:
 
     rows = weights.detach().double().cpu()
     out = torch.full((rows.shape[1],), torch.nan, dtype=torch.float64)
-    spread = rows.amax(dim=0) - rows.amin(dim=0)
-    out[spread <= 1e-12 * rows.abs().amax(dim=0)] = -torch.inf
+    if len(rows) < _LEAST_DRAWS:
+        return out.to(weights.device)
+    # Infinite and NaN weights leave NaN; equal ones have no tail.
+    out[rows.amax(dim=0) - rows.amin(dim=0) <= _EQUAL] = -torch.inf
     proper = torch.isfinite(rows.amax(dim=0)) & ~torch.isnan(rows).any(dim=0)
     for index in torch.nonzero(proper & torch.isnan(out)).flatten().tolist():
-        # ArviZ smooths the tail of the negative of its argument.
-        _, k = array_stats.psislw(-rows[:, index].clamp(min=-1e300).numpy())
+        row = rows[:, index].clamp(min=-1e300).numpy()
+        try:
+            with np.errstate(all="ignore"):
+                # ArviZ smooths the tail of the negative of its argument.
+                _, k = array_stats.psislw(-row)
+        except ValueError:  # The largest weights are all the same.
+            k = -np.inf
         out[index] = float(k)
     return out.to(weights.device)
 

@@ -266,13 +266,13 @@ def _window(grid: Tensor, log_f: Tensor, low: Tensor, high: Tensor) -> tuple[Ten
         position = torch.arange(count, device=grid.device)[:, None]
         first = torch.where(near, position, count).amin(dim=0)
         last = torch.where(near, position, -1).amax(dim=0)
-        # A span that touches the window's end may go on beyond it.
-        half = 0.5 * (high - low)[:, axis]
+        # A span that touches the window's end may go on beyond it, perhaps far.
+        beyond = 2 * (high - low)[:, axis]
         left = torch.where(
-            first == 0, low[:, axis] - half, low[:, axis] + (first - 1) * step[:, axis]
+            first == 0, low[:, axis] - beyond, low[:, axis] + (first - 1) * step[:, axis]
         )
         right = torch.where(
-            last == count - 1, high[:, axis] + half, low[:, axis] + (last + 1) * step[:, axis]
+            last == count - 1, high[:, axis] + beyond, low[:, axis] + (last + 1) * step[:, axis]
         )
         lows.append(left)
         highs.append(right)

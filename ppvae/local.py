@@ -143,8 +143,10 @@ def fit_per_datapoint(
         weights = torch.cat(
             [weigh(model, guide, x, size)[0] for size in draw_chunks(num_samples, x)]
         )
-    # At the optimum the gain is noise alone: five times its mean in one row of a hundred or so.
-    converged = (gain <= tolerance) | (gain <= 5 * noise)
+    # A squared gradient holds its noise. What is left at the optimum is noise alone, and exceeds
+    # five times its mean in one row of a hundred or so.
+    gain = (gain - noise).clamp(min=0.0)
+    converged = (gain <= tolerance) | (gain <= 4 * noise)
     return LocalFit(
         guide=guide,
         elbo=weights.mean(dim=0),
@@ -325,8 +327,13 @@ def _adam(problem: _Problem, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor, 
         optimizer.step()
         schedule.step()
     end = params.detach()
+    path = []
     for t in range(natural):
         end = end + _natural_step(problem, x, end, min(0.8, 8.0 / (t + 1)))
+        path.append(end)
+    if path:
+        # The mean of the later half of the path has less of the draws' noise than its end.
+        end = torch.stack(path[len(path) // 2 :]).mean(dim=0)
     gain, noise = _remaining_gain(problem, x, end)
     return end, gain, noise, torch.full((len(x),), steps, device=x.device)
 

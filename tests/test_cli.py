@@ -159,6 +159,7 @@ def test_the_figures_are_images(here: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_the_settings_are_all_there(here: Path) -> None:
     options = [*SMALL, "--seed", "3", "--hidden", "8, 4", "--guide-family", "gamma", "--lr", "0.01"]
+    options += ["--max-steps", "7", "--evidence-samples", "300"]
     assert cli.main(["compare", *options]) == 0
     settings = json.loads((here / "ppvae-out" / "settings.json").read_text(encoding="utf-8"))
     wanted = {
@@ -170,6 +171,8 @@ def test_the_settings_are_all_there(here: Path) -> None:
         "lr": 0.01,
         "num_data": 8,
         "num_samples": 100,
+        "evidence_samples": 300,
+        "max_steps": 7,
         "device": "cpu",
         "seed": 3,
         "rows_compared": 8,
@@ -297,6 +300,8 @@ MISTAKES = {
     "batch size": (["compare", "--batch-size", "0"], "--batch-size"),
     "num data": (["compare", "--num-data", "0"], "--num-data"),
     "num samples": (["compare", "--num-samples", "3"], "--num-samples"),
+    "evidence samples": (["compare", "--evidence-samples", "1"], "--evidence-samples"),
+    "max steps": (["compare", "--max-steps", "0"], "--max-steps"),
     "seed": (["compare", "--seed", "-1"], "--seed"),
     "hidden": (["compare", "--hidden", "10,x"], "10,x"),
     "hidden zero": (["compare", "--hidden", "10,0"], "10,0"),
@@ -391,6 +396,18 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in said.replace("\n", " ") or word in " ".join(said.split())
     assert cli.main([]) == 0
     assert "compare" in capsys.readouterr().out
+
+
+def test_help_says_what_each_model_takes_by_default(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert cli.main(["compare", *SMALL]) == 0
+    settings = json.loads((here / "ppvae-out" / "settings.json").read_text(encoding="utf-8"))
+    toy = said.split("Defaults of exponential-gaussian: ")[1].split("Defaults of")[0]
+    assert f"--guide-family {settings['guide_family']} " in toy
+    assert f"--batch-size {settings['batch_size']} --lr {settings['lr']} " in toy
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
