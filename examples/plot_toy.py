@@ -40,7 +40,7 @@ with forked_rng(0), torch.no_grad():
 print(model)
 print(guide)
 
-fit = ppvae.fit(model, guide, x_train, steps=STEPS, batch_size=256, lr=3e-3, seed=0, progress=False)
+fit = ppvae.fit(model, guide, x_train, steps=STEPS, batch_size=512, lr=3e-3, seed=0, progress=False)
 print(fit)
 
 # %%
@@ -104,7 +104,7 @@ comparisons = {"LogNormal": comparison}
 for family in (Gamma(), Weibull(), TruncatedNormal()):
     with forked_rng(0):
         _, other = pairs.exponential_gaussian(family)
-    ppvae.fit(model, other, x_train, steps=STEPS, batch_size=256, lr=3e-3, progress=False)
+    ppvae.fit(model, other, x_train, steps=STEPS, batch_size=512, lr=3e-3, progress=False)
     comparisons[type(family).__name__] = ppvae.compare(model, other, x_test)
 
 plots.gap_bars(comparisons)

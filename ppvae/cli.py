@@ -61,7 +61,7 @@ class _Defaults:
 
 
 _MODELS = {
-    "exponential-gaussian": _Defaults("log-normal", None, (32, 32), 2000, 256, 3e-3, 200),
+    "exponential-gaussian": _Defaults("log-normal", None, (32, 32), 2000, 512, 3e-3, 200),
     "factor-analysis": _Defaults("diagonal-normal", 3, (), 2000, 256, 1e-2, 200),
     "ppca": _Defaults("diagonal-normal", 3, (), 2000, 256, 1e-2, 200),
     "vae": _Defaults("diagonal-normal", 8, (100,), 4000, 128, 1e-3, 100),

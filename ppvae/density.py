@@ -26,7 +26,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from ppvae.isolation import check_rows, evaluation_mode, forked_rng, private_store
+from ppvae.isolation import check_rows, evaluation_mode, forked_rng, private_store, unvalidated
 
 Program = Callable[..., Any]
 """A Pyro model or guide: a function or module that is called with the rows ``x``."""
@@ -287,6 +287,9 @@ def _particles(num_samples: int) -> Any:
 def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
     """`log_joint` without its checks and contexts, for code that calls it in a loop.
 
+    Pyro's validation is off inside: one row whose draws overflow must not end a study of many,
+    and `read_model` has checked the program before.
+
     Args:
         model: A Pyro model.
         x: Rows.
@@ -297,18 +300,19 @@ def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
     """
     first = next(iter(latents.values()))
     conditioned = poutine.condition(model, data=dict(latents))
-    with _particles(first.shape[0]):
+    with unvalidated(), _particles(first.shape[0]):
         trace = poutine.trace(conditioned).get_trace(x)
-    return _sum_sites(trace, first.shape[:2], latents)
+        return _sum_sites(trace, first.shape[:2], latents)
 
 
 def weigh(
     model: Program, guide: Program, x: Tensor, num_samples: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`log_weights` without its checks and contexts; gives the draws of the latent sites too."""
-    with _particles(num_samples):
-        trace = poutine.trace(guide).get_trace(x)
-    log_q = _sum_sites(trace, torch.Size((num_samples, x.shape[0])), None)
+    with unvalidated():
+        with _particles(num_samples):
+            trace = poutine.trace(guide).get_trace(x)
+        log_q = _sum_sites(trace, torch.Size((num_samples, x.shape[0])), None)
     latents = {}
     for name, site in _sample_sites(trace):
         if not site["infer"].get("is_auxiliary", False):

@@ -88,6 +88,17 @@ def forked_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 @contextmanager
+def unvalidated() -> Iterator[None]:
+    """Run without Pyro's and torch's validation; each setting is restored by itself.
+
+    `pyro.validation_enabled` would set torch's default to what Pyro's own was.
+    """
+    names = ("distributions_pyro", "distributions_torch", "infer", "poutine")
+    with pyro.settings.context(**{f"validate_{name}": False for name in names}):
+        yield
+
+
+@contextmanager
 def evaluation_mode(*modules: Any) -> Iterator[None]:
     """Put the modules among the arguments into eval mode (dropout, batch norm) for a while.
 

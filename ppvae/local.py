@@ -28,7 +28,7 @@ from ppvae.density import (
 )
 from ppvae.families import Family, GaussianFamily
 from ppvae.guides import PerDatapoint, per_datapoint
-from ppvae.isolation import check_rows, forked_rng
+from ppvae.isolation import check_rows, forked_rng, unvalidated
 from ppvae.natural import natural_ascent
 
 
@@ -131,8 +131,9 @@ def fit_per_datapoint(
         starts = [cold] if freed is None else [_flat(freed), cold]
         problem = _Problem(model, families, num_draws, max_steps, tolerance)
         parts = []
-        for rows in row_chunks(x, problem.num_draws):
-            parts.append(_fit_rows(problem, x[rows], [s[rows] for s in starts]))
+        with unvalidated():  # A row that strays must not stop the others.
+            for rows in row_chunks(x, problem.num_draws):
+                parts.append(_fit_rows(problem, x[rows], [s[rows] for s in starts]))
         params, gain, noise, steps, start = (
             torch.cat(column) for column in zip(*parts, strict=True)
         )
@@ -291,7 +292,10 @@ def _fit_rows(problem: _Problem, x: Tensor, starts: list[Tensor]) -> _Rows:
 
 
 def _clearly_better(problem: _Problem, x: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Rows whose ELBO under ``one`` exceeds that under ``other`` by two standard errors."""
+    """Rows whose ELBO under ``one`` exceeds that under ``other`` by two standard errors.
+
+    A finite ELBO exceeds one that is not.
+    """
     draws = 4 * problem.num_draws
     seed = int(torch.randint(2**31, ()))
     weights = []
@@ -299,7 +303,9 @@ def _clearly_better(problem: _Problem, x: Tensor, one: Tensor, other: Tensor) ->
         with torch.no_grad(), forked_rng(seed, x.device):  # Common draws: a precise difference.
             weights.append(problem.log_weights(x, params, draws))
     difference = weights[0] - weights[1]
-    return difference.mean(dim=0) > 2 * difference.std(dim=0) / math.sqrt(draws)
+    clearly = difference.mean(dim=0) > 2 * difference.std(dim=0) / math.sqrt(draws)
+    finite = [torch.isfinite(w.mean(dim=0)) for w in weights]
+    return finite[0] & (clearly | ~finite[1])
 
 
 _LEARNING_RATE = 0.05

@@ -229,6 +229,14 @@ def test_judging_runs_in_eval_mode_and_restores_the_modes():
     assert all(p.requires_grad for p in guide.parameters())
 
 
+def test_validation_is_restored_setting_by_setting():
+    model, guide = ppvae.pairs.exponential_gaussian()
+    with pyro.settings.context(validate_distributions_torch=False):
+        before = pyro.settings.get()
+        ppvae.compare(model, guide, torch.rand(3), num_samples=30)
+        assert pyro.settings.get() == before
+
+
 class Broken:
     """Models and guides that cannot be judged, with what the refusal must name."""
 

@@ -211,6 +211,19 @@ def test_a_row_that_had_too_few_steps_is_not_called_converged():
     assert not short.converged[0]
 
 
+@pytest.mark.parametrize("family", [LogNormal(), Gamma()], ids=repr)
+def test_a_start_that_overflows_is_left_for_the_cold_one(family):
+    model, x = ExponentialGaussian(), torch.tensor([1.0, 2.0])
+    bad = ppvae.PerDatapoint(family, 2)
+    with torch.no_grad():
+        bad.table("z").weight[0] = 200.0
+    fit = ppvae.fit_per_datapoint(model, None, x, init=bad)
+    cold = ppvae.fit_per_datapoint(model, family, x)
+    assert fit.start[0] == 1
+    assert fit.converged[0]
+    torch.testing.assert_close(fit.elbo, cold.elbo, rtol=0, atol=0.05)
+
+
 def test_several_sites_are_fitted_together():
     def model(x):
         with pyro.plate("rows", len(x), dim=-1):
