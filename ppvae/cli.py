@@ -286,7 +286,20 @@ def compare_command(
     )
     if pair is not None:
         context.with_resource(_current_folder_importable())
+    elif name != "vae":
+        context.with_resource(_one_thread())
     _compare(settings, Path(out), progress=not no_progress)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Networks this small are no faster on two cores, and on busy ones many times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _refuse(options: Mapping[str, Any], where: str) -> None:

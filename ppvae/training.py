@@ -201,7 +201,8 @@ def _batches(
 ) -> _Batches:
     """Minibatches without end, each with the numbers of its rows where they are known."""
     if isinstance(x, Tensor):
-        x = x.to(device) if device is not None else x
+        # Rows drawn from a model may still hang on its parameters.
+        x = x.detach() if device is None else x.detach().to(device)
         x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
         check_rows(x, *modules)
         return _tensor_batches(x, batch_size)

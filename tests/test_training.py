@@ -35,6 +35,16 @@ def test_ppca_reaches_the_maximum_of_the_likelihood():
     assert maximum - 0.02 < reached <= maximum + 1e-4
 
 
+def test_rows_drawn_from_the_model_are_data():
+    model, guide = pairs.factor_analysis()
+    with ppvae.isolation.private_store():
+        x = model(size=40)
+    assert x.requires_grad
+    fit = ppvae.fit(model, guide, x, steps=3, progress=False)
+    assert fit.completed
+    assert ppvae.compare(model, guide, x, num_samples=50).dataset.sizes["data"] == 40
+
+
 class Rows(Dataset):
     def __init__(self, x):
         self.x = x
