@@ -286,7 +286,7 @@ def compare_command(
     )
     if pair is not None:
         context.with_resource(_current_folder_importable())
-    elif name != "vae":
+    elif name != "vae" or source == "digits":
         context.with_resource(_one_thread())
     _compare(settings, Path(out), progress=not no_progress)
 

@@ -42,6 +42,33 @@ def test_a_truncated_normal_closes_the_toys_gap():
     assert max(map(abs, gaps)) < 1e-4
 
 
+def log_normal_elbo(params, x):
+    """The toy's ELBO at a log-normal, in closed form through its first two moments."""
+    loc, log_scale = params.T
+    first = torch.exp(loc + torch.exp(2 * log_scale) / 2)
+    second = torch.exp(2 * loc + 2 * torch.exp(2 * log_scale))
+    entropy = loc + log_scale + 0.5 * math.log(2 * math.pi * math.e)
+    return -first - 0.5 * (x**2 - 2 * x * first + second) - 0.5 * math.log(2 * math.pi) + entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_row_of_many_is_left_behind(dtype):
+    x = (torch.rand(2000) * 9 - 4).to(dtype)
+    fit = ppvae.fit_per_datapoint(ExponentialGaussian(), LogNormal(), x, num_samples=100)
+    assert fit.converged.all()
+    params = fit.guide.table("z").weight.detach().double()
+    reached = log_normal_elbo(params, x.double())
+    best = params.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([best], lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        (-log_normal_elbo(best, x.double()).sum()).backward()
+        optimizer.step()
+        schedule.step()
+    assert (log_normal_elbo(best, x.double()).detach() - reached).max() < 5e-4
+
+
 def linear_models():
     torch.manual_seed(4)
     return [
