@@ -16,11 +16,11 @@ from ppvae.density import (
     LatentSite,
     Program,
     check_count,
+    draw_chunks,
     joint,
     judging,
     log_weights,
     read_model,
-    row_chunks,
     to_unconstrained,
 )
 from ppvae.isolation import check_rows
@@ -147,8 +147,11 @@ def iwae_of(weights: Tensor) -> Estimate:
 
 # Log densities this far below the peak are left out of an integral: e⁻⁴⁵ < 1e-19.
 _DEPTH = 45.0
-_START = 129
-_MOST_NODES = {1: 65_537, 2: 1_025}
+# What is nearer to the peak than this must not touch the end of what can be integrated.
+_EDGE = 25.0
+_START = {1: 129, 2: 65}
+_MOST_NODES = {1: 65_537, 2: 513}
+_MOST_ROWS = {1: 4096, 2: 64}
 
 
 def quadrature(model: Program, x: Tensor, *, tolerance: float = 1e-6) -> Estimate:
@@ -156,10 +159,10 @@ def quadrature(model: Program, x: Tensor, *, tolerance: float = 1e-6) -> Estimat
 
     .. math:: \log p(x_n) = \log \int p(x_n, T(u))\, |\det T'(u)| \, du
 
-    The latent is mapped to the reals by T; each row's window follows its integrand until the log
-    density has fallen by 45 nats, and the trapezoidal rule, which converges geometrically there,
-    is refined until two levels agree. A second mode that is narrower than the grid and far from
-    the first can be missed.
+    The latent is mapped to the reals by T. Each row has a window of its own, in two dimensions
+    along the axes of its posterior, that grows until the log density has fallen by 45 nats; the
+    trapezoidal rule, which converges geometrically there, is refined until two levels agree. A
+    second mode that is narrower than the grid and far from the first can be missed.
 
     Args:
         model: A Pyro model with one local plate and at most two latent elements per datum.
@@ -169,7 +172,8 @@ def quadrature(model: Program, x: Tensor, *, tolerance: float = 1e-6) -> Estimat
 
     Returns:
         log p(x) with the last difference between two levels as its ``stderr``; ``bound`` is
-        ``"exact"``.
+        ``"exact"``. The ``stderr`` is infinite where the integrand does not end inside of what
+        floating point numbers can reach, as with a Beta(0.02, 0.02) prior.
 
     Raises:
         ValueError: If the latent has more than two elements, is discrete, or the rows or the
@@ -190,101 +194,191 @@ def quadrature(model: Program, x: Tensor, *, tolerance: float = 1e-6) -> Estimat
                 f"quadrature integrates at most 2 latent dimensions per datum; the model has "
                 f"{sites.size}, in sites {shapes}. Use ppvae.iwae."
             )
-        latents = list(sites.latents.values())
-        nodes = _MOST_NODES[sites.size] ** sites.size // 16
-        parts = [
-            _integrate(model, x[rows], latents, sites.size, tolerance)
-            for rows in row_chunks(x, min(nodes, 4096))
-        ]
+        dims = sites.size
+        integrand = _Integrand(model, list(sites.latents.values()), dims)
+        starts = range(0, len(x), _MOST_ROWS[dims])
+        parts = [_integrate(integrand, x[i : i + _MOST_ROWS[dims]], tolerance) for i in starts]
     value, error = (torch.cat(column) for column in zip(*parts, strict=True))
     return Estimate(value, error, "exact", "quadrature")
 
 
-def _integrate(
-    model: Program, x: Tensor, latents: list[LatentSite], dims: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Integrand:
+    """log p(x, T(u)) + log |det T'(u)| over the reals."""
+
+    model: Program
+    latents: list[LatentSite]
+    dims: int
+
+    def __call__(self, x: Tensor, u: Tensor) -> Tensor:
+        """Values ``(draws, batch)`` at ``u`` ``(draws, batch, dims)``, in float64.
+
+        NaN where T has run out of numbers: z no longer moves with u, or is infinite.
+        """
+        sizes = draw_chunks(len(u), x)
+        return torch.cat([self._evaluate(x, part) for part in u.split(sizes)])
+
+    def _evaluate(self, x: Tensor, u: Tensor) -> Tensor:
+        values: dict[str, Tensor] = {}
+        jacobian = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
+        spent = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
+        at = 0
+        for site in self.latents:
+            part = u[..., at : at + site.size].to(x.dtype)
+            part = part.reshape(*part.shape[:2], *site.event_shape)
+            transform = to_unconstrained(site)
+            z = transform(part)
+            term = transform.log_abs_det_jacobian(part, z).double()
+            jacobian = jacobian + term.reshape(*term.shape[:2], -1).sum(-1)
+            moved = transform(part + part.abs().clamp(min=1.0) * 0.01)
+            stuck = (moved == z) | ~torch.isfinite(z)
+            spent = spent | stuck.reshape(*stuck.shape[:2], -1).any(-1)
+            values[site.name] = z
+            at += site.size
+        total = joint(self.model, x, values).double() + jacobian
+        return total.masked_fill(spent | torch.isnan(total) | torch.isposinf(total), torch.nan)
+
+
+@dataclass
+class _Frame:
+    """Per row an affine map u = centre + axes v, and a window in v."""
+
+    centre: Tensor
+    axes: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __getitem__(self, rows: Tensor) -> _Frame:
+        return _Frame(self.centre[rows], self.axes[rows], self.low[rows], self.high[rows])
+
+    def grid(self, count: int) -> Tensor:
+        """Nodes in u, ``(count ** dims, batch, dims)``, the first axis slowest."""
+        dims = self.low.shape[1]
+        unit = torch.linspace(0, 1, count, dtype=self.low.dtype, device=self.low.device)
+        axes = torch.meshgrid(*[unit] * dims, indexing="ij")
+        unit = torch.stack([axis.flatten() for axis in axes], dim=-1)[:, None, :]
+        v = self.low + unit * (self.high - self.low)
+        return self.centre + torch.einsum("nij,snj->sni", self.axes, v)
+
+    def log_cell(self, count: int) -> Tensor:
+        """Log volume of a grid cell in u."""
+        volume = torch.log((self.high - self.low) / (count - 1)).sum(dim=-1)
+        return volume + torch.log(self.axes.diagonal(dim1=-2, dim2=-1)).sum(dim=-1)
+
+
+def _integrate(integrand: _Integrand, x: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    dims = integrand.dims
     low = x.new_full((len(x), dims), -10.0, dtype=torch.float64)
-    high = -low
+    eye = torch.eye(dims, dtype=torch.float64, device=x.device).expand(len(x), dims, dims)
+    frame = _Frame(torch.zeros_like(low), eye.clone(), low, -low)
+    if dims == 2:
+        frame = _along_the_posterior(integrand, x, frame)
+    count = _START[dims]
     for _ in range(60):
-        grid, log_f = _on_grid(model, x, latents, low, high, _START if dims == 1 else 65)
-        new_low, new_high = _window(grid, log_f, low, high)
-        width = high - low
-        settled = ((new_low - low).abs() < 0.1 * width) & ((new_high - high).abs() < 0.1 * width)
-        low, high = new_low, new_high
+        log_f = integrand(x, frame.grid(count))
+        new_low, new_high = _window(frame, log_f, count)
+        width = frame.high - frame.low
+        settled = ((new_low - frame.low).abs() < 0.1 * width).all(-1)
+        settled &= ((new_high - frame.high).abs() < 0.1 * width).all(-1)
+        frame = _Frame(frame.centre, frame.axes, new_low, new_high)
         if bool(settled.all()):
             break
-    count = _START if dims == 1 else 65
-    value = _trapezoid(model, x, latents, low, high, count)
+    log_f = integrand(x, frame.grid(count))
+    whole = settled & _ends_inside(log_f, count, dims)
+    value = _sum(log_f) + frame.log_cell(count)
     error = torch.full_like(value, torch.inf)
     # No finer grid removes the rounding of the model's own arithmetic.
     enough = (16 * torch.finfo(x.dtype).eps * value.abs()).clamp(min=tolerance)
-    while count < _MOST_NODES[dims] and bool((error > enough).any()):
+    while count < _MOST_NODES[dims] and bool((whole & (error > enough)).any()):
         count = 2 * count - 1
-        rows = torch.nonzero(error > enough).flatten()
-        finer = _trapezoid(model, x[rows], latents, low[rows], high[rows], count)
+        rows = torch.nonzero(whole & (error > enough)).flatten()
+        finer = _sum(integrand(x[rows], frame[rows].grid(count))) + frame[rows].log_cell(count)
         error[rows] = (finer - value[rows]).abs()
         value[rows] = finer
     return value.to(x.dtype), error.to(x.dtype)
 
 
-def _on_grid(
-    model: Program, x: Tensor, latents: list[LatentSite], low: Tensor, high: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """Nodes ``(count, batch, dims)`` per axis, and log f ``(count, [count,] batch)``."""
-    unit = torch.linspace(0, 1, count, dtype=low.dtype, device=low.device)
-    grid = low + unit[:, None, None] * (high - low)
-    if low.shape[1] == 1:
-        return grid, _log_f(model, x, latents, grid)
-    first, second = grid[:, None, :, 0], grid[None, :, :, 1]
-    u = torch.stack(torch.broadcast_tensors(first, second), dim=-1)
-    flat = _log_f(model, x, latents, u.reshape(-1, *u.shape[2:]))
-    return grid, flat.reshape(count, count, -1)
+def _sum(log_f: Tensor) -> Tensor:
+    """Log of the trapezoidal sum: the integrand vanishes at the ends, whose half weights do."""
+    return torch.logsumexp(torch.nan_to_num(log_f, nan=-torch.inf), dim=0)
 
 
-def _log_f(model: Program, x: Tensor, latents: list[LatentSite], u: Tensor) -> Tensor:
-    """The log integrand at u ``(draws, batch, dims)``, in float64."""
-    values, jacobian, at = {}, 0.0, 0
-    for site in latents:
-        part = u[..., at : at + site.size].to(x.dtype)
-        part = part.reshape(*part.shape[:-1], *site.event_shape)
-        transform = to_unconstrained(site)
-        values[site.name] = transform(part)
-        term = transform.log_abs_det_jacobian(part, values[site.name])
-        extra = term.dim() - 2
-        jacobian = jacobian + (term.flatten(-extra).sum(-1) if extra > 0 else term).double()
-        at += site.size
-    total = joint(model, x, values).double() + jacobian
-    return torch.nan_to_num(total, nan=-torch.inf, posinf=-torch.inf)
+def _along_the_posterior(integrand: _Integrand, x: Tensor, frame: _Frame) -> _Frame:
+    """Turn and scale the axes to the posterior's covariance, found coarse to fine.
+
+    Moments are taken under the density to a power below one, low enough for a ridge that is
+    narrower than the grid to cover some nodes of it; the next grid, in the new axes, needs less.
+    """
+    count = _START[2]
+    for _ in range(40):
+        u = frame.grid(count)
+        log_f = torch.nan_to_num(integrand(x, u), nan=-torch.inf)
+        heat = _heat(log_f)
+        weight = torch.softmax(log_f / heat, dim=0)
+        mean = torch.einsum("sn,sni->ni", weight, u)
+        offset = u - mean
+        covariance = torch.einsum("sn,sni,snj->nij", weight, offset, offset) / heat[:, None, None]
+        # A fraction of a cell is the finest that a grid can tell.
+        cell = (frame.high - frame.low) / (count - 1)
+        least = torch.einsum("nij,nj,nkj->nik", frame.axes, (0.1 * cell) ** 2, frame.axes)
+        axes = torch.linalg.cholesky(covariance + least)
+        change = torch.linalg.solve_triangular(frame.axes, axes, upper=False)
+        eye = torch.eye(2, dtype=axes.dtype, device=axes.device)
+        frame = _Frame(mean, axes, torch.full_like(mean, -10.0), torch.full_like(mean, 10.0))
+        if bool(((change - eye).abs().amax((-1, -2)) < 0.2).all()) and bool((heat <= 1).all()):
+            break
+    return frame
 
 
-def _window(grid: Tensor, log_f: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _heat(log_f: Tensor, nodes: float = 30.0) -> Tensor:
+    """The least temperature, at least 1, at which about ``nodes`` nodes share the weight."""
+    low = torch.zeros(log_f.shape[1], dtype=log_f.dtype, device=log_f.device)
+    high = low + 30.0
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        log_w = log_f / torch.exp(middle)
+        effective = 2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0)
+        few = effective < math.log(nodes)
+        low, high = torch.where(few, middle, low), torch.where(few, high, middle)
+    heat = torch.exp(high)
+    return torch.where(heat < 1.01, torch.ones_like(heat), heat)
+
+
+def _window(frame: _Frame, log_f: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Per row and axis, the span on which log f is near its peak, one node wider on each side."""
-    dims, count = grid.shape[-1], grid.shape[0]
-    step = (high - low) / (count - 1)
+    dims = frame.low.shape[1]
+    log_f = torch.nan_to_num(log_f, nan=-torch.inf).reshape(*[count] * dims, -1)
+    step = (frame.high - frame.low) / (count - 1)
     lows, highs = [], []
     for axis in range(dims):
         profile = log_f if dims == 1 else log_f.amax(dim=1 - axis)
         near = profile > profile.amax(dim=0) - _DEPTH
-        position = torch.arange(count, device=grid.device)[:, None]
+        position = torch.arange(count, device=log_f.device)[:, None]
         first = torch.where(near, position, count).amin(dim=0)
         last = torch.where(near, position, -1).amax(dim=0)
+        low, high, width = frame.low[:, axis], frame.high[:, axis], step[:, axis]
         # A span that touches the window's end may go on beyond it, perhaps far.
-        beyond = 2 * (high - low)[:, axis]
-        left = torch.where(
-            first == 0, low[:, axis] - beyond, low[:, axis] + (first - 1) * step[:, axis]
-        )
-        right = torch.where(
-            last == count - 1, high[:, axis] + beyond, low[:, axis] + (last + 1) * step[:, axis]
-        )
-        lows.append(left)
-        highs.append(right)
+        beyond = 2 * (high - low)
+        lows.append(torch.where(first == 0, low - beyond, low + (first - 1) * width))
+        highs.append(torch.where(last == count - 1, high + beyond, low + (last + 1) * width))
     return torch.stack(lows, dim=-1), torch.stack(highs, dim=-1)
 
 
-def _trapezoid(
-    model: Program, x: Tensor, latents: list[LatentSite], low: Tensor, high: Tensor, count: int
-) -> Tensor:
-    _, log_f = _on_grid(model, x, latents, low, high, count)
-    log_cell = torch.log((high - low) / (count - 1)).sum(dim=-1)
-    # The integrand vanishes at the ends, so that their half weights do not matter.
-    return torch.logsumexp(log_f.flatten(0, -2), dim=0) + log_cell
+def _ends_inside(log_f: Tensor, count: int, dims: int) -> Tensor:
+    """Rows whose integrand is negligible at the window's ends and where numbers run out."""
+    shaped = log_f.reshape(*[count] * dims, -1)
+    spent = torch.isnan(shaped)
+    known = torch.nan_to_num(shaped, nan=-torch.inf)
+    peak = known.flatten(0, dims - 1).amax(dim=0)
+    out = torch.isfinite(peak)
+    for axis in range(dims):
+        ends = torch.maximum(known.select(axis, 0), known.select(axis, count - 1))
+        before, after = known.narrow(axis, 0, count - 1), known.narrow(axis, 1, count - 1)
+        next_spent = spent.narrow(axis, 1, count - 1)
+        last_spent = spent.narrow(axis, 0, count - 1)
+        beside = torch.maximum(
+            before.masked_fill(~next_spent, -torch.inf), after.masked_fill(~last_spent, -torch.inf)
+        )
+        for part in (ends, beside):
+            out &= part.reshape(-1, part.shape[-1]).amax(dim=0) < peak - _EDGE
+    return out

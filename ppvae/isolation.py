@@ -7,7 +7,10 @@ inside the contexts of this module, so that all three are afterwards as they wer
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,13 +101,48 @@ def unvalidated() -> Iterator[None]:
         yield
 
 
+def modules_of(*programs: Any) -> list[nn.Module]:
+    """The modules that programs are or use, each once.
+
+    A program is a module, a method of one, or a function. The modules of a function are those in
+    its closure, its defaults and the global names that it uses, also behind `functools.partial`
+    and Pyro's handlers.
+    """
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+    pending = list(programs)
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            found[id(item)] = item
+        elif isinstance(item, (list, tuple, set)):
+            pending += item
+        elif isinstance(item, dict):
+            pending += item.values()
+        elif inspect.ismethod(item):
+            pending += [item.__self__, item.__func__]
+        elif inspect.isfunction(item):
+            names = inspect.getclosurevars(item)
+            pending += [*names.nonlocals.values(), *(item.__defaults__ or ())]
+            pending += [v for v in names.globals.values() if isinstance(v, (nn.Module, list, dict))]
+            pending += [v for v in names.globals.values() if inspect.isfunction(v)]
+        elif isinstance(item, functools.partial):
+            pending += [item.func, *item.args, *item.keywords.values()]
+        elif callable(item) and not inspect.isclass(item) and hasattr(item, "__dict__"):
+            pending += vars(item).values()
+    return list(found.values())
+
+
 @contextmanager
-def evaluation_mode(*modules: Any) -> Iterator[None]:
-    """Put the modules among the arguments into eval mode (dropout, batch norm) for a while.
+def evaluation_mode(*programs: Any) -> Iterator[None]:
+    """Put the modules of the programs into eval mode (dropout, batch norm) for a while.
 
     Their parameters need no gradient inside; both settings are restored, submodule by submodule.
     """
-    owned = [part for m in modules if isinstance(m, nn.Module) for part in m.modules()]
+    owned = [part for module in modules_of(*programs) for part in module.modules()]
     training = [(part, part.training) for part in owned]
     frozen = [(p, p.requires_grad) for part in owned for p in part.parameters(recurse=False)]
     try:
@@ -120,13 +158,19 @@ def evaluation_mode(*modules: Any) -> Iterator[None]:
             p.requires_grad_(needed)
 
 
-def device_of(*modules: Any) -> torch.device | None:
+def device_of(*programs: Any) -> torch.device | None:
     """The device of the first parameter or buffer found, `None` where there is none."""
-    for module in modules:
-        if isinstance(module, nn.Module):
-            for tensor in itertools.chain(module.parameters(), module.buffers()):
-                return tensor.device
+    for module in modules_of(*programs):
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            return tensor.device
     return None
+
+
+def seconds_now(device: torch.device | str | None = None) -> float:
+    """A clock that waits for the work in flight on a CUDA device."""
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def check_rows(x: Tensor, *modules: Any, name: str = "x") -> None:

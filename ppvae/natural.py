@@ -143,19 +143,23 @@ class _Local:
             (num_draws,), 1 / num_draws
         )
 
-    def evaluate(self, x: Tensor, loc: Tensor, tril: Tensor, nodes: _Nodes) -> _State:
-        """One evaluation of value, gradient and curvature; all rows share the nodes."""
-        noise, weight = nodes
-        shift = torch.einsum("nij,sj->sni", tril, noise)
-        u = (loc + shift).detach().requires_grad_(True)
-        values, jacobian, at = {}, torch.zeros(()).to(loc), 0
+    def log_density(self, x: Tensor, u: Tensor) -> Tensor:
+        """log p(x, T(u)) + log |T'(u)| at ``u`` ``(S, batch, D)``."""
+        values, jacobian, at = {}, torch.zeros(()).to(u), 0
         for name, family in self.families.items():
             part = u[..., at : at + family.size]
             z = family.bijection(part)
             jacobian = jacobian + family.bijection.log_abs_det_jacobian(part, z).sum(-1)
             values[name] = z.squeeze(-1) if family.latent_dim is None else z
             at += family.size
-        log_p = joint(self.model, x, values) + jacobian
+        return joint(self.model, x, values) + jacobian
+
+    def evaluate(self, x: Tensor, loc: Tensor, tril: Tensor, nodes: _Nodes) -> _State:
+        """One evaluation of value, gradient and curvature; all rows share the nodes."""
+        noise, weight = nodes
+        shift = torch.einsum("nij,sj->sni", tril, noise)
+        u = (loc + shift).detach().requires_grad_(True)
+        log_p = self.log_density(x, u)
         (gradient,) = torch.autograd.grad(log_p.sum(), u)
         scaled = torch.einsum("sni,nij->snj", gradient, tril)
         moment = -torch.einsum("sni,sj->nij", scaled, noise * weight[:, None])
@@ -294,6 +298,23 @@ def natural_ascent(
     # At the optimum each replicate promises only its noise, and their mean a fraction of that.
     spread = local.promise(gradients.std(dim=0), _identity(local.size, x) + _wander(curvatures))
     return params, gain, spread / _REPLICATES, steps
+
+
+def start_at_a_mode(
+    model: Program, families: Mapping[str, Family], x: Tensor, like: Tensor, draws: int = 64
+) -> Tensor:
+    """A narrow start for each row, at the best of some standard normal draws of u.
+
+    The neutral start lies between the modes of a symmetric posterior, where it can stay.
+    """
+    local = _Local(model, families, like)
+    u = torch.randn(draws, 1, local.size).to(like).expand(draws, len(x), -1)
+    with torch.no_grad():
+        log_p = torch.nan_to_num(local.log_density(x, u), nan=-torch.inf)
+    best = log_p.argmax(dim=0)
+    loc = u[best, torch.arange(len(x), device=x.device)]
+    tril = 0.3 * _identity(local.size, like).expand(len(x), -1, -1)
+    return local.params(loc, tril)
 
 
 def _identity(size: int, x: Tensor) -> Tensor:

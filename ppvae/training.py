@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,7 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from ppvae.density import Program, check_pair, read_model
 from ppvae.guides import Amortized, PerDatapoint
-from ppvae.isolation import check_rows, device_of, evaluation_mode, forked_rng, private_store
+from ppvae.isolation import (
+    check_rows,
+    device_of,
+    evaluation_mode,
+    forked_rng,
+    modules_of,
+    private_store,
+    seconds_now,
+)
 
 # A diverged run goes back to the last state kept; one is kept this often, in steps.
 _KEEP_EVERY = 100
@@ -114,7 +121,8 @@ def fit(
         model: A Pyro model with one local plate over the rows, called as ``model(x)``.
         guide: A Pyro guide, called as ``guide(x)``.
         x: The data: rows ``(num_data, *event)``; or a `Dataset` or `DataLoader` whose items are
-            rows, or tuples that begin with one (what follows, such as labels, is not used).
+            rows, or tuples that begin with one (what follows, such as labels, is not used). Every
+            batch of a `DataLoader` has the same weight, a short one too.
         loss: A Pyro ELBO object, `TraceMeanField_ELBO()` if left out.
         steps: Number of steps.
         batch_size: Rows per step; at most all of them. A `DataLoader` brings its own.
@@ -150,22 +158,22 @@ def fit(
     for module in modules:
         module.to(device=device, dtype=dtype)
     loss = TraceMeanField_ELBO() if loss is None else loss
-    began = time.perf_counter()
     where = torch.device(device or device_of(*modules) or "cpu")
+    began = seconds_now(where)
     with private_store(keep_bare=True), forked_rng(seed, where), warnings.catch_warnings():
         # Pyro warns of every frozen parameter; freezing one is a choice here.
         warnings.filterwarnings("ignore", ".* because requires_grad=False", UserWarning)
         batches = _batches(x, batch_size, device, dtype, modules, guide)
         first, rows = next(batches)
         # In eval mode: reading the pair must not move the running statistics of batch norm.
-        with _on_rows(guide, rows), evaluation_mode(*modules):
+        with _on_rows(guide, rows), evaluation_mode(model, guide):
             check_pair(model, guide, first)
             _check_families(model, guide, first)
         run = _Run(model, guide, loss, lr)
         status, completed = run.train(_chain(first, rows, batches), steps, progress)
     return Fit(
         losses=torch.tensor(run.losses),
-        seconds=time.perf_counter() - began,
+        seconds=seconds_now(where) - began,
         status=status,
         completed=completed,
         steps=len(run.losses),
@@ -214,7 +222,8 @@ def _batches(
     if not isinstance(x, DataLoader):
         if len(x) == 0:
             raise ValueError("x is a data set without items: expected at least one row.")
-        x = DataLoader(x, batch_size=min(batch_size, len(x)), shuffle=True)
+        # A short last batch would weigh its rows more than the others.
+        x = DataLoader(x, batch_size=min(batch_size, len(x)), shuffle=True, drop_last=True)
     return _loader_batches(x, device, dtype, modules)
 
 
@@ -269,6 +278,9 @@ class _Run:
                 bar.update()
         except KeyboardInterrupt:
             return f"interrupted after {len(self.losses)} of {steps} steps", False
+            if not all(bool(torch.isfinite(p).all()) for p in self.params):
+                self._put(self.good)
+                return f"diverged at step {steps}: {self._advice()}", False
         finally:
             bar.close()
             for param in self.params:
@@ -280,10 +292,19 @@ class _Run:
             f"the parameters after {self.kept} steps were kept; lower lr, or check the data's scale"
         )
 
+    def _tensors(self) -> list[Tensor]:
+        """All that training changes: parameters, and buffers such as running statistics."""
+        modules = modules_of(self.model, self.guide)
+        buffers = {id(b): b for module in modules for b in module.buffers()}
+        return [*self.params, *buffers.values()]
+
+    def _state(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self._tensors()]
+
     def _put(self, values: list[Tensor]) -> None:
         with torch.no_grad():
-            for param, value in zip(self.params, values, strict=True):
-                param.copy_(value)
+            for tensor, value in zip(self._tensors(), values, strict=True):
+                tensor.copy_(value)
 
     def _guarded(self, x: Tensor, rows: Tensor | None) -> float | None:
         """A step; `None` too where parameters went where Pyro refuses their distributions."""
@@ -292,7 +313,7 @@ class _Run:
         except ValueError:
             if not self.losses:
                 raise
-            reached = [p.detach().clone() for p in self.params]
+            reached = self._state()
             self._put(self.good)
             try:
                 with torch.no_grad(), _on_rows(self.guide, rows):
@@ -318,7 +339,7 @@ class _Run:
             return None
         if len(self.losses) % _KEEP_EVERY == 0:
             # Known to be good only now, that their loss and gradient are finite.
-            self.good = [p.detach().clone() for p in self.params]
+            self.good = self._state()
             self.kept = len(self.losses)
         self.losses.append(float(total))
         torch._foreach_div_(gradients, float(len(x)))
@@ -330,13 +351,15 @@ class _Run:
         """Find all parameters, as Pyro's own SVI does, and give each an optimizer."""
         with poutine.trace(param_only=True) as capture, torch.no_grad():
             self.loss.loss(self.model, self.guide, x)
-        found = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+        # Under `module_local_params` the value of a site is the parameter itself.
+        values = [site["value"] for site in capture.trace.nodes.values()]
+        found = [v.unconstrained() if hasattr(v, "unconstrained") else v for v in values]
         for module in (self.model, self.guide):
             if isinstance(module, nn.Module):
                 found += list(module.parameters())
         unique = {id(p): p for p in found if p.requires_grad and p.is_leaf}
         self.params = list(unique.values())
-        self.good = [p.detach().clone() for p in self.params]
+        self.good = self._state()
         tables: list[nn.Parameter] = []
         if isinstance(self.guide, PerDatapoint):
             tables = [self.guide.table(site).weight for site in self.guide.families]

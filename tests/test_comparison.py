@@ -287,4 +287,4 @@ def test_a_row_without_weight_is_reported_and_the_others_are_right():
     assert np.isposinf(ds["inference_gap"].values[0])
     assert np.isfinite(ds["inference_gap"].values[1])
     assert float(ds["approximation_gap"].values.max()) < 0.5
-    assert "1 row" in str(comparison)
+    assert "In 1 row the guide draws outside" in str(comparison)

@@ -203,8 +203,8 @@ def test_a_warm_and_a_cold_start_agree_and_beat_the_encoder():
     assert abs(float(difference.mean())) < 0.02
     gain = common[0] - common[2]
     assert (gain.mean(0) > -4 * gain.std(0) / 2000**0.5).all()
-    assert set(warm.start.tolist()) <= {0, 1}
-    assert set(cold.start.tolist()) == {1}
+    assert set(warm.start.tolist()) <= {0, 1, 2}
+    assert set(cold.start.tolist()) <= {1, 2}
     assert warm.converged.double().mean() > 0.9
     # The Gaussian optimum does not depend on the draws that found it.
     other = ppvae.fit_per_datapoint(model, None, x, init=guide, seed=77)
@@ -246,7 +246,7 @@ def test_a_start_that_overflows_is_left_for_the_cold_one(family):
         bad.table("z").weight[0] = 200.0
     fit = ppvae.fit_per_datapoint(model, None, x, init=bad)
     cold = ppvae.fit_per_datapoint(model, family, x)
-    assert fit.start[0] == 1
+    assert fit.start[0] > 0
     assert fit.converged[0]
     torch.testing.assert_close(fit.elbo, cold.elbo, rtol=0, atol=0.05)
 
