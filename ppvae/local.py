@@ -389,8 +389,11 @@ def _natural_ascent(problem: _Problem, x: Tensor, params: Tensor, steps: int) ->
         params = torch.where(kept[:, None], proposal, params)
         reach = torch.where(kept, 2 * reach, 0.25 * reach).clamp(max=1.0)
         path.append(params)
-    # The mean of the later half of the path has less of the draws' noise than its end.
-    return torch.stack(path[len(path) // 2 :]).mean(dim=0)
+    # The mean of the later half of the path has less of the draws' noise than its end, but in a
+    # row that arrived late it is behind.
+    mean = torch.stack(path[len(path) // 2 :]).mean(dim=0)
+    ahead = _difference(problem, x, params, mean, 4 * problem.num_draws).mean(dim=0) > 0
+    return torch.where(ahead[:, None], params, mean)
 
 
 def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
