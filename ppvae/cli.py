@@ -328,10 +328,27 @@ def _device(name: str) -> torch.device:
 # --- A run -------------------------------------------------------------------------------------
 
 
+# What any run writes: an earlier run's files must not stand beside this one's.
+_WRITTEN = (
+    *("ledger.nc", "settings.json", "toy_posterior.png", "gap_against_x.png", "gap_bars.png"),
+    *("gap_sorted.png", "samples.png", "reconstructions.png", "latent_scatter.png"),
+    "latent_grid.png",
+)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(
+            f"--out {out}: cannot write into this folder ({error.strerror})."
+        ) from error
+
+
 def _compare(settings: _Settings, out: Path, *, progress: bool) -> None:
     rows, model, guide = _prepare(settings)
     _check(settings, model, guide, rows)
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     training: Fit | None = None
     if settings.steps:
         training = fit(
@@ -346,7 +363,8 @@ def _compare(settings: _Settings, out: Path, *, progress: bool) -> None:
             progress=progress,
         )
         click.echo(f"Trained on {len(rows.train):,} rows: {training}")
-    click.echo(f"Comparing on {len(rows.test):,} rows ({rows.origin}).\n")
+    fewer = f"; {settings.num_data:,} were asked for" if len(rows.test) < settings.num_data else ""
+    click.echo(f"Comparing on {len(rows.test):,} rows ({rows.origin}{fewer}).\n")
     comparison = compare(
         model,
         guide,
@@ -359,6 +377,8 @@ def _compare(settings: _Settings, out: Path, *, progress: bool) -> None:
     )
     click.echo(str(comparison))
     click.echo()
+    for name in _WRITTEN:
+        (out / name).unlink(missing_ok=True)
     written = [_write_ledger(comparison, rows, out), _write_settings(settings, rows, out)]
     written += _write_figures(settings, model, guide, rows, comparison, out)
     click.echo("Wrote " + ", ".join(path.name for path in written) + f" into {out}.")
@@ -479,11 +499,14 @@ def _split(x: Tensor, settings: _Settings, event_shape: tuple[int, ...] | None =
 
 def _read_rows(path: str) -> Tensor:
     if not Path(path).is_file():
-        raise click.UsageError(f"--data: there is no file {path}.")
+        hint = " Named data sets go with --model vae." if path in data.NAMES else ""
+        raise click.UsageError(f"--data: there is no file {path}.{hint}")
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
-        raise click.UsageError(f"--data: {path} is not a readable .npy file: {error}") from error
+        raise click.UsageError(
+            f"--data: {path} is not a readable .npy file of numbers; write it with numpy.save."
+        ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.ndim == 0:
         raise click.UsageError(
             f"--data: expected an array of numbers with a datum in each row in {path}; got "
@@ -507,6 +530,7 @@ def _own_pair(name: str) -> tuple[Any, Any]:
     module_name, separator, attribute = name.partition(":")
     if not (module_name and separator and attribute):
         raise click.UsageError(f"PAIR: expected my_module:my_pair; got {name!r}.")
+    module_name = module_name.removesuffix(".py")
     # The module is the user's: whatever it raises is theirs to read, in one line.
     try:
         module = import_module(module_name)
@@ -519,7 +543,10 @@ def _own_pair(name: str) -> tuple[Any, Any]:
         try:
             found = found()
         except Exception as error:
-            raise click.UsageError(f"PAIR: {name}() failed: {_said(error)}") from error
+            raise click.UsageError(
+                f"PAIR: {name}() failed: {_said(error)}. PAIR is a tuple (model, guide), or a "
+                f"function without arguments that returns one."
+            ) from error
     if not (isinstance(found, tuple) and len(found) == 2 and all(map(callable, found))):
         raise click.UsageError(
             f"PAIR: expected {name} to be a tuple (model, guide), or a function without arguments "
@@ -538,7 +565,8 @@ def _check(settings: _Settings, model: Program, guide: Program, rows: _Rows) -> 
         check_rows(part, model, guide, name="--data")
     few = rows.test[:2]
     try:
-        log_weights(model, guide, few, num_samples=2, seed=settings.seed)
+        for part in (rows.train, rows.test) if settings.steps else (rows.test,):
+            log_weights(model, guide, part, num_samples=2, seed=settings.seed)
         per_datapoint(guide, few, model=model)
     except ValueError:
         raise

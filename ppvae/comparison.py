@@ -69,32 +69,42 @@ class Comparison:
     def __str__(self) -> str:
         ds, attrs = self.dataset, self.dataset.attrs
         count = ds.sizes["data"]
-        side = {"exact": "exact", "quadrature": "exact to its error"}.get(
-            attrs["evidence_kind"], "a lower bound, so the approximation gap is one too"
-        )
+        kind = {
+            "exact": "closed form",
+            "quadrature": "numerical integral",
+            "iwae": "importance-weighted: a lower bound, and so the approximation gap is one",
+        }[attrs["evidence_kind"]]
         rows = [
-            f"Inference gap over {count} data, nats a datum (mean ± standard error)",
+            f"Inference gap of {count} data, in nats a datum:",
+            "mean ± its Monte Carlo error, and the standard deviation (sd) over the data",
             "",
-            f"  log p(x)                    {_cell(*self.mean('log_evidence'))}"
-            f"   {attrs['evidence_kind']}: {side}",
+            f"  log p(x)                    {self._cell('log_evidence')}   {kind}",
         ]
-        for guide, label in (("per_datapoint", "per datapoint"), ("amortized", "amortized")):
-            value = ds["elbo"].sel(guide=guide)
-            error = float((ds["elbo_stderr"].sel(guide=guide) ** 2).sum()) ** 0.5 / count
-            rows.append(f"  ELBO, {label:<22}{_cell(float(value.mean()), error)}")
+        for guide, label in (("per_datapoint", "best per datum, q*"), ("amortized", "your guide")):
+            rows.append(f"  ELBO, {label:<22}{self._cell('elbo', guide)}")
         rows.append("")
         for gap, label in zip(_GAPS, ("approximation", "amortization", "total"), strict=True):
             above = int((ds[gap] > (2 * ds[f"{gap}_stderr"]).clip(min=_NEGLIGIBLE)).sum())
             rows.append(
-                f"  gap, {label:<23}{_cell(*self.mean(gap))}   beyond 2 stderr in {above} rows"
+                f"  gap, {label:<23}{self._cell(gap)}   clearly above 0 in {above} of {count}"
             )
         return "\n".join([*rows, "", *self._checked()])
+
+    def _cell(self, name: str, guide: str | None = None) -> str:
+        value, stderr = self.dataset[name], self.dataset[f"{name}_stderr"]
+        if guide is not None:
+            value, stderr = value.sel(guide=guide), stderr.sel(guide=guide)
+        error = float((stderr**2).sum()) ** 0.5 / value.sizes["data"]
+        mean = round(float(value.mean()), 4) + 0.0  # No minus before a zero.
+        with np.errstate(invalid="ignore"):  # A row without a finite ELBO leaves no sd.
+            return f"{mean:10.4f} ± {error:.4f} (sd {float(value.std()):.3f})"
 
     def _checked(self) -> list[str]:
         ds, attrs = self.dataset, self.dataset.attrs
         converged = int(ds["converged"].sum())
         threshold = attrs["pareto_k_threshold"]
-        heavy = int((ds["pareto_k"].sel(guide="per_datapoint") > threshold).sum())
+        k = ds["pareto_k"].sel(guide="per_datapoint").values
+        heavy = np.flatnonzero(k > threshold)
         same = attrs["family"] == attrs["guide_family"]
         lines = [
             f"Checked: {'both guides ' + attrs['family'] if same else 'two families'}, one "
@@ -117,26 +127,33 @@ class Comparison:
                 "Where q* has not converged the amortization gap is at least what is shown: "
                 "raise max_steps."
             )
-        if attrs["evidence_kind"] == "iwae" and heavy:
+        if attrs["evidence_kind"] == "iwae" and len(heavy):
+            which = ", ".join(str(row) for row in heavy[:5]) + (", …" if len(heavy) > 5 else "")
             lines.append(
-                f"In {heavy} rows k-hat of q* is above {threshold:.2f}: their evidence is too low "
-                f"by an unknown amount; raise evidence_samples."
+                f"Weights with heavy tails (Pareto k-hat above {threshold:.2f}) in {len(heavy)} of "
+                f"{ds.sizes['data']} data ({which}): log p(x) may be short there by more than its "
+                f"error. Compare with a run with more evidence_samples."
+            )
+        if attrs["ignored_scales"]:
+            lines.append(
+                f"The model scales the log density of {attrs['ignored_scales']}; the gaps are "
+                f"those of the model without the scale."
             )
         seconds = {k: v for k, v in attrs.items() if k.startswith("seconds_")}
-        spent = ", ".join(f"{k.removeprefix('seconds_')} {v:.1f}" for k, v in seconds.items())
+        spent = ", ".join(
+            f"{k.removeprefix('seconds_').replace('_', ' ')} {v:.1f}" for k, v in seconds.items()
+        )
         lines.append(f"Seconds: {spent}.")
         if math.isfinite(attrs["break_even"]):
+            per_row = attrs["seconds_local_fit"] / ds.sizes["data"]
             lines.append(
-                f"With q* fitted {ds.sizes['data']} rows at a time, amortization, training "
-                f"included, is the cheaper one from {attrs['break_even']:,.0f} data on."
+                f"Fitting q* took {1000 * per_row:.3g} ms a datum, {ds.sizes['data']} at a time; "
+                f"training the model and the guide took as long as {attrs['break_even']:,.0f} such "
+                f"fits."
             )
         return lines
 
     __repr__ = __str__
-
-
-def _cell(value: float, stderr: float) -> str:
-    return f"{value:10.4f} ± {stderr:.4f}"
 
 
 def compare(
@@ -200,6 +217,8 @@ def compare(
     for name, value in (("num_samples", num_samples), ("evidence_samples", evidence_samples)):
         check_count(name, value, least=2)
     own = _own_families(model, guide, x, required=family is None)
+    with judging(seed, x, model):
+        scaled = read_model(model, x).scaled
     local = _fit_local(model, guide, x, family, own, max_steps, seed + 1)
     guides: dict[str, Program] = {"amortized": guide, "per_datapoint": local.guide}
     began = seconds_now(x.device)
@@ -213,6 +232,7 @@ def compare(
         "evidence_kind": evidence.method,
         "family": _family_name(local.guide),
         "guide_family": _family_name(own),
+        "ignored_scales": ", ".join(scaled),
         "num_samples": num_samples,
         "evidence_samples": evidence_samples if evidence.method == "iwae" else 0,
         "pareto_k_threshold": pareto_k_threshold(num_samples),

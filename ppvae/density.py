@@ -66,10 +66,12 @@ class ModelSites:
     Attributes:
         plate: Name of the local plate.
         latents: The local latent sites, in the order of the model.
+        scaled: Sites whose log density the model scales; here the scales are left out.
     """
 
     plate: str
     latents: Mapping[str, LatentSite]
+    scaled: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -133,10 +135,10 @@ def read_model(model: Program, x: Tensor) -> ModelSites:
             observation (named), no latent site, no observation, a plate of another size than
             ``x`` has rows, or an observation outside of its support.
     """
-    with torch.no_grad():
-        trace = poutine.trace(model).get_trace(x)
+    trace = _plain_run("model", model, x)
     plates: dict[str, Any] = {}
     latents: dict[str, LatentSite] = {}
+    scaled: list[str] = []
     observed = 0
     for name, site in _sample_sites(trace):
         kind = "observation" if site["is_observed"] else "latent"
@@ -149,6 +151,8 @@ def read_model(model: Program, x: Tensor) -> ModelSites:
                 f"model (pyro.param)."
             )
         plates.update({f.name: f for f in frames})
+        if float(site["scale"]) != 1:
+            scaled.append(name)
         if site["is_observed"]:
             observed += 1
             _check_observed(name, site)
@@ -159,7 +163,10 @@ def read_model(model: Program, x: Tensor) -> ModelSites:
             )
     if not latents or not observed:
         missing = "latent site (pyro.sample without obs)" if not latents else "site with obs=x"
-        raise ValueError(f"The model has no {missing} in a plate; got sites {list(trace.nodes)}.")
+        raise ValueError(
+            f"The model has no {missing} in a plate; got sites "
+            f"{[name for name, _ in _sample_sites(trace)]}. Is the guide in the model's place?"
+        )
     if len(plates) > 1 or any(f.dim != -1 for f in plates.values()):
         raise ValueError(
             f"Expected one plate over the rows, at dim=-1; got "
@@ -174,13 +181,52 @@ def read_model(model: Program, x: Tensor) -> ModelSites:
             f'pyro.plate({plate.name!r}, len(x), dim=-1); for a model that subsamples, pass "'
             f'subsample=" or the rows alone.'
         )
-    return ModelSites(plate.name, latents)
+    return ModelSites(plate.name, latents, tuple(scaled))
+
+
+def _plain_run(kind: str, program: Program, x: Tensor) -> Trace:
+    """Run a program once as its author would, with an error that says what was run."""
+    try:
+        with torch.no_grad():
+            return poutine.trace(program).get_trace(x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The {kind} does not run on x of shape {tuple(x.shape)}, {x.dtype}: "
+            f"{_without_trace(error)}"
+        ) from error
+
+
+@contextmanager
+def _with_draws(shape: torch.Size) -> Iterator[None]:
+    """Name the usual cause where a program runs on rows but not on draws of them."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"A program that runs on rows does not run on draws for rows, where latents have the "
+            f"leading dimensions {tuple(shape)}: {_without_trace(error)} Networks must accept "
+            f"leading dimensions: reshape only the last ones, z.reshape(-1, d) before such a "
+            f"network and out.reshape(*z.shape[:-1], -1) after it."
+        ) from error
+
+
+def _without_trace(error: Exception) -> str:
+    """The message without the trace shapes that Pyro appends."""
+    text = str(error).split("Trace Shapes:")[0].strip()
+    return text if text.endswith(".") else text + "."
 
 
 def _check_observed(name: str, site: dict[str, Any]) -> None:
     fn = site["fn"]
     if _distribution_name(fn) in ("Delta", "Unit") or not hasattr(fn, "support"):
         return
+    expected = (*fn.batch_shape, *fn.event_shape)
+    if tuple(site["value"].shape) != expected:
+        raise ValueError(
+            f"Site {name!r}: expected observed rows of shape {expected}, batch and event; got "
+            f"{tuple(site['value'].shape)}, which broadcasting would repeat. A single datum needs "
+            f"its batch dimension: x[None]."
+        )
     inside = fn.support.check(site["value"])
     if not bool(inside.all()):
         raise ValueError(
@@ -198,8 +244,7 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
             not know (auxiliary sites aside), or one of another event shape or outside the plate.
     """
     sites = read_model(model, x)
-    with torch.no_grad():
-        trace = poutine.trace(guide).get_trace(x)
+    trace = _plain_run("guide", guide, x)
     guided = {
         name: site
         for name, site in _sample_sites(trace)
@@ -214,10 +259,17 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
             f'a helper site with infer={{"is_auxiliary": True}}.'
         )
     for name, site in _sample_sites(trace):
-        if tuple(site["fn"].batch_shape) != (x.shape[0],):
+        batch = tuple(site["fn"].batch_shape)
+        if len(batch) == 1 and batch != (x.shape[0],) and batch[0] > 1:
+            raise ValueError(
+                f"Site {name!r} of the guide has {batch[0]} rows but x has {x.shape[0]}: a guide "
+                f"that keeps parameters for each datum, as AutoNormal does, describes only the "
+                f"rows that it was made for."
+            )
+        if batch != (x.shape[0],):
             raise ValueError(
                 f"Site {name!r} of the guide: expected a draw for each row, batch shape "
-                f"({x.shape[0]},); got {tuple(site['fn'].batch_shape)}, so that q(z_n | x_n) is "
+                f"({x.shape[0]},); got {batch}, so that q(z_n | x_n) is "
                 f"not defined per row (AutoDiagonalNormal and AutoMultivariateNormal are such "
                 f"guides). Use AutoNormal, or ppvae.guides.PerDatapoint with a family."
             )
@@ -300,7 +352,7 @@ def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
     """
     first = next(iter(latents.values()))
     conditioned = poutine.condition(model, data=dict(latents))
-    with unvalidated(), _particles(first.shape[0]):
+    with unvalidated(), _with_draws(first.shape[:2]), _particles(first.shape[0]):
         trace = poutine.trace(conditioned).get_trace(x)
         return _sum_sites(trace, first.shape[:2], latents)
 
@@ -309,10 +361,11 @@ def weigh(
     model: Program, guide: Program, x: Tensor, num_samples: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`log_weights` without its checks and contexts; gives the draws of the latent sites too."""
-    with unvalidated():
+    shape = torch.Size((num_samples, x.shape[0]))
+    with unvalidated(), _with_draws(shape):
         with _particles(num_samples):
             trace = poutine.trace(guide).get_trace(x)
-        log_q = _sum_sites(trace, torch.Size((num_samples, x.shape[0])), None)
+        log_q = _sum_sites(trace, shape, None)
     latents = {}
     for name, site in _sample_sites(trace):
         if not site["infer"].get("is_auxiliary", False):

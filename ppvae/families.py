@@ -373,12 +373,20 @@ def read_member(name: str, fn: Any) -> tuple[Family, Tensor]:
         ValueError: If the distribution is none that can be freed; names the site.
     """
     kind = _MEMBERS.get(type(_innermost(fn)))
+    if isinstance(_innermost(fn), dist.Delta):
+        raise ValueError(
+            f"Site {name!r} is drawn through a Delta, as in AutoNormal and its relatives. Such a "
+            f"guide keeps parameters for each datum already and amortizes nothing. To see how far "
+            f"it is from the optimum, name its family: family=DiagonalNormal(...) for latents on "
+            f"the reals, LogNormal(...) for positive ones."
+        )
     if kind is None or len(fn.event_shape) > 1:
         raise ValueError(
             f"Site {name!r}: a {type(_innermost(fn)).__name__} with event shape "
             f"{tuple(fn.event_shape)} cannot be freed per datum; known are "
             f"{', '.join(d.__name__ for d in _MEMBERS)} with event shape () or (d,). "
-            f"Name a family to measure against instead: family=DiagonalNormal(...)."
+            f"Name a family on {support_name(fn.support)!r} to measure against instead, as "
+            f"family=...: {_families_on(support_name(fn.support))}."
         )
     family = kind(fn.event_shape[0] if fn.event_shape else None)
     params = family.params_of(fn)

@@ -86,7 +86,8 @@ class PerDatapoint(OwnedModule):
     r"""A guide with free parameters for every datum: :math:`\lambda_n` is a row of a table.
 
     Trained on all rows it is called as ``guide(x)``; on a minibatch inside `rows`, which says
-    which of its rows are meant.
+    which of its rows are meant. A row of the table belongs to one datum: with other data of the
+    same number the guide runs, but describes the data that it was fitted to.
 
     Args:
         family: The variational family, or one for each latent site by name.

@@ -184,7 +184,7 @@ def gap_bars(comparison: Comparison | Mapping[str, Comparison], *, ax: Axes | No
     ax.set_xticks(at, list(several))
     ax.set_xlim(-0.6, len(several) - 0.4)
     ax.margins(y=0.15)
-    ax.set_ylabel("mean gap ± 2 standard errors\n(nats per datum)")
+    ax.set_ylabel("mean gap ± 2 Monte Carlo errors\n(nats per datum)")
     return _styled(ax)
 
 
@@ -212,7 +212,7 @@ def gap_against(
         >>> x = torch.linspace(-1, 4, 11)
         >>> ax = gap_against(ppvae.compare(model, guide, x), x, label="x")
         >>> ax.get_ylabel()
-        'gap ± 2 standard errors (nats)'
+        'gap ± 2 Monte Carlo errors (nats)'
     """
     where = torch.as_tensor(covariate).detach().cpu().double().numpy()
     expected = (comparison.dataset.sizes["data"],)
@@ -237,7 +237,7 @@ def gap_against(
         )
     ax.axhline(0, color=_BLACK, linewidth=0.8)
     ax.set_xlabel(label)
-    ax.set_ylabel("gap ± 2 standard errors (nats)")
+    ax.set_ylabel("gap ± 2 Monte Carlo errors (nats)")
     return _styled(ax)
 
 
@@ -274,8 +274,8 @@ def gap_sorted(comparison: Comparison, *, ax: Axes | None = None) -> Axes:
         )
         ax.fill_between(rank, value - band, value + band, color=style["color"], alpha=0.25, lw=0)
     ax.axhline(0, color=_BLACK, linewidth=0.8)
-    ax.set_xlabel("datum, from the smallest gap to the largest")
-    ax.set_ylabel("gap ± 2 standard errors (nats)")
+    ax.set_xlabel("rank of the datum (each gap sorted by itself)")
+    ax.set_ylabel("gap ± 2 Monte Carlo errors (nats)")
     return _styled(ax)
 
 

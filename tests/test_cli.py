@@ -118,7 +118,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def table(printed: str) -> list[str]:
     """The lines of the output that hold no measured times."""
-    timed = ("Trained on", "Seconds", "With q* fitted", "Wrote")
+    timed = ("Trained on", "Seconds", "Fitting q* took", "Wrote")
     return [line for line in printed.splitlines() if not line.startswith(timed)]
 
 

@@ -274,6 +274,40 @@ def test_the_ledger_has_the_names_of_the_contract():
     assert {"evidence_kind", "family", "break_even", "seconds_local_fit"} <= set(ds.attrs)
 
 
+def test_the_table_prints_what_the_ledger_holds():
+    model, guide = pairs.exponential_gaussian()
+    comparison = ppvae.compare(model, guide, torch.rand(20) * 3)
+    lines = str(comparison).splitlines()
+    for label, name in (
+        ("log p(x)", "log_evidence"),
+        ("gap, approximation", "approximation_gap"),
+        ("gap, amortization", "amortization_gap"),
+        ("gap, total", "inference_gap"),
+    ):
+        value, stderr = comparison.mean(name)
+        [line] = [line for line in lines if line.startswith(f"  {label} ")]
+        printed = line.removeprefix(f"  {label}").split()
+        assert float(printed[0]) == pytest.approx(value, abs=5.1e-5)
+        assert float(printed[2]) == pytest.approx(stderr, abs=5.1e-5)
+    sd = float(comparison.dataset["inference_gap"].std())
+    assert f"(sd {sd:.3f})" in line
+
+
+def test_scales_that_are_left_out_are_named():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.poutine.scale(scale=0.1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.4 * x, 0.8))
+
+    comparison = ppvae.compare(model, guide, torch.randn(5), num_samples=50)
+    assert "scales the log density of z" in str(comparison)
+
+
 def test_a_row_without_weight_is_reported_and_the_others_are_right():
     def guide(x):
         with pyro.plate("data", len(x), dim=-1):

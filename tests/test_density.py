@@ -283,7 +283,7 @@ class Broken:
         (Broken.no_plate, ["'z'", "outside of any plate", "pyro.plate"]),
         (Broken.global_latent, ["'mu'", "latent outside of any plate"]),
         (Broken.two_plates, ["one plate", "inner"]),
-        (Broken.no_observation, ["no site with obs=x"]),
+        (Broken.no_observation, ["no site with obs=x", "['z']", "guide in the model's place"]),
         (Broken.other_size, ["'data'", "3 rows", "(5,)"]),
         (Broken.grey, ["'x'", "support of Bernoulli", "binarise"]),
     ],
@@ -355,6 +355,64 @@ def test_a_guide_with_other_sites_is_refused(sites, words):
             call(model, guide, torch.zeros(3))
         for word in words:
             assert word in str(error.value)
+
+
+def test_a_single_datum_without_its_batch_dimension_is_refused():
+    """Broadcasting would make five data of its five elements."""
+    model, _ = ppvae.pairs.vae(5, 2, [4])
+
+    def foreign(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=model.decoder(z)).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"'x'.*\(5, 5\).*\(5,\).*x\[None\]"):
+        ppvae.quadrature(foreign, torch.ones(5))
+
+
+def test_programs_that_do_not_run_are_named_with_the_rows():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            flat = decoder(z.reshape(-1, 2))
+            pyro.sample("x", dist.Normal(flat, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    decoder, encoder = torch.nn.Linear(2, 4), torch.nn.Linear(4, 2)
+    with pytest.raises(ValueError, match=r"The guide does not run on x of shape \(6, 3\)"):
+        ppvae.per_datapoint(guide, torch.randn(6, 3), model=guide_only)
+    with pytest.raises(ValueError, match=r"model does not run.*torch\.float64.*dtype"):
+        ppvae.quadrature(model_in_float32, torch.randn(6, 4).double())
+    with pytest.raises(ValueError, match=r"leading\s+dimensions \(64, 6\).*reshape only the last"):
+        ppvae.log_weights(model, guide, torch.randn(6, 4))
+
+
+def guide_only(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mean = z.sum(-1, keepdim=True).expand(*z.shape[:-1], x.shape[-1])
+        pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+
+_float32 = torch.nn.Linear(4, 4)
+
+
+def model_in_float32(x):
+    _float32(x)
+    guide_only(x)
+
+
+@pytest.mark.fills_store
+def test_an_autoguide_for_other_rows_says_so():
+    x = torch.randn(7)
+    model, _ = scaled_pair(x)
+    auto = AutoNormal(model)
+    auto(x)
+    with pytest.raises(ValueError, match="has 7 rows but x has 4.*only the rows that it was made"):
+        ppvae.log_weights(model, auto, x[:4])
 
 
 def test_a_guide_of_another_shape_is_refused():

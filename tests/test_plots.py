@@ -190,7 +190,7 @@ def test_gaps_stand_above_the_covariate_of_their_datum(toy: SimpleNamespace) -> 
         }
         stderr = dataset[f"{gap}_gap_stderr"].values
         assert lengths == pytest.approx(dict(zip(ROWS, 4 * stderr, strict=True)), abs=1e-7)
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "gap ± 2 standard errors (nats)")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "gap ± 2 Monte Carlo errors (nats)")
     with pytest.raises(ValueError, match=r"expected shape \(5,\)"):
         plots.gap_against(toy.comparison, toy.x[:3], label="x")
 

@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "docs/bring-your-own.md", "docs/index.md", "docs/one-idea.md"]
+PAGES = [
+    "README.md",
+    *(f"docs/{n}.md" for n in ("bring-your-own", "index", "one-idea", "reading-the-table")),
+]
 
 
 def python_blocks(page: str) -> list[tuple[int, str]]:
