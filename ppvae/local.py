@@ -92,7 +92,7 @@ def fit_per_datapoint(
         x: Rows, ``(batch, *event)``.
         init: A guide to start from. Its families must be ``family``, where both are given.
         max_steps: Most evaluations per row and start: by default 60 for Gaussian families
-            and 230 for others.
+            and 260 for others.
         num_draws: Draws per row and evaluation; raised where a latent's dimension needs more.
         num_samples: Fresh draws for the reported ELBO.
         tolerance: A row has converged when it has less than this to gain, in nats.
@@ -327,7 +327,7 @@ _LEARNING_RATE = 0.05
 _ADAM_DRAWS = 32
 # The Fisher matrix costs P² per row: families with more parameters rely on Adam alone.
 _MOST_FISHER = 64
-_NATURAL_STEPS = 30
+_NATURAL_STEPS = 60
 _CHECK_PASSES = 8
 # Nats that a natural-gradient step may lose on its draws: near the optimum that is noise.
 _TOLERATED_LOSS = 1e-3
