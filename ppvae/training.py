@@ -276,11 +276,12 @@ class _Run:
                 if step % _KEEP_EVERY == 0:
                     bar.set_postfix(loss=f"{value:.3f}")
                 bar.update()
-        except KeyboardInterrupt:
-            return f"interrupted after {len(self.losses)} of {steps} steps", False
+            # No later loss has judged the last update.
             if not all(bool(torch.isfinite(p).all()) for p in self.params):
                 self._put(self.good)
                 return f"diverged at step {steps}: {self._advice()}", False
+        except KeyboardInterrupt:
+            return f"interrupted after {len(self.losses)} of {steps} steps", False
         finally:
             bar.close()
             for param in self.params:

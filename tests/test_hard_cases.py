@@ -187,6 +187,11 @@ def test_a_diverged_run_restores_running_statistics_too():
     fit = ppvae.fit(model, guide, x, steps=10, lr=1e30, progress=False)
     assert not fit.completed
     assert all(torch.isfinite(value).all() for value in guide.state_dict().values())
+    # Adam multiplies the gradient by its step size first, which overflows for gradients like these.
+    steep = FactorAnalysis(6, 3, noise=1e-3 * torch.ones(6))
+    beyond = ppvae.fit(steep, guide, x, steps=1, lr=3e37, progress=False)
+    assert beyond.status.startswith("diverged at step 1")
+    assert all(torch.isfinite(value).all() for value in guide.state_dict().values())
     last = ppvae.fit(model, guide, x, steps=1, lr=3e37, progress=False)
     assert last.completed == all(bool(torch.isfinite(p).all()) for p in guide.parameters())
 
