@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ppvae.density import (
+    ModelSites,
     Program,
     check_count,
     check_pair,
     draw_chunks,
     judging,
-    read_model,
     weigh,
 )
 from ppvae.diagnostics import pareto_k, pareto_k_threshold
@@ -216,23 +216,23 @@ def compare(
     check_rows(x, model, guide)
     for name, value in (("num_samples", num_samples), ("evidence_samples", evidence_samples)):
         check_count(name, value, least=2)
-    own = _own_families(model, guide, x, required=family is None)
-    with judging(seed, x, model):
-        scaled = read_model(model, x).scaled
+    with judging(seed, x, model, guide):
+        sites = check_pair(model, guide, x)
+    own = _freed(guide, x, required=family is None)
     local = _fit_local(model, guide, x, family, own, max_steps, seed + 1)
     guides: dict[str, Program] = {"amortized": guide, "per_datapoint": local.guide}
     began = seconds_now(x.device)
     weights = _paired_weights(model, guides, x, num_samples, seed + 2)
     seconds_elbo = seconds_now(x.device) - began
     began = seconds_now(x.device)
-    evidence = _evidence(model, guides, x, evidence_samples, seed + 3)
+    evidence = _evidence(model, sites, guides, x, evidence_samples, seed + 3)
     seconds_evidence = seconds_now(x.device) - began
     dataset = _ledger(weights, evidence, local)
     dataset.attrs = {
         "evidence_kind": evidence.method,
         "family": _family_name(local.guide),
         "guide_family": _family_name(own),
-        "ignored_scales": ", ".join(scaled),
+        "ignored_scales": ", ".join(sites.scaled),
         "num_samples": num_samples,
         "evidence_samples": evidence_samples if evidence.method == "iwae" else 0,
         "pareto_k_threshold": pareto_k_threshold(num_samples),
@@ -253,12 +253,8 @@ def compare(
     return Comparison(dataset, local)
 
 
-def _own_families(
-    model: Program, guide: Program, x: Tensor, *, required: bool
-) -> PerDatapoint | None:
+def _freed(guide: Program, x: Tensor, *, required: bool) -> PerDatapoint | None:
     """The guide, freed; `None` if that cannot be done and is not required."""
-    with judging(0, x, model, guide):
-        check_pair(model, guide, x)
     try:
         return per_datapoint(guide, x)
     except ValueError:
@@ -306,6 +302,7 @@ def _paired_weights(
 
 def _evidence(
     model: Program,
+    sites: ModelSites,
     guides: Mapping[str, Program],
     x: Tensor,
     samples: int,
@@ -316,8 +313,6 @@ def _evidence(
         with judging(seed, x, model), torch.no_grad():
             value = exact(x)
         return Estimate(value, torch.zeros_like(value), "exact", "exact")
-    with judging(seed, x, model), torch.no_grad():
-        sites = read_model(model, x)
     continuous = not any(
         getattr(site.support, "is_discrete", False) for site in sites.latents.values()
     )

@@ -130,7 +130,7 @@ def fit_per_datapoint(
         guide = PerDatapoint(families, len(x), plate=sites.plate).to(x)
         cold = torch.zeros(len(x), sum(f.num_params for f in families.values())).to(x)
         starts = [cold] if freed is None else [_flat(freed, families), cold]
-        problem = _Problem(model, families, num_draws, max_steps, tolerance)
+        problem = _Problem(model, families, num_draws, max_steps)
         parts = []
         with unvalidated():  # A row that strays must not stop the others.
             for rows in row_chunks(x, problem.num_draws):
@@ -223,7 +223,6 @@ class _Problem:
     families: Mapping[str, Family]
     wanted_draws: int
     max_steps: int | None
-    tolerance: float
 
     @property
     def num_draws(self) -> int:
