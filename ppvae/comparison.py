@@ -218,7 +218,7 @@ def compare(
         check_count(name, value, least=2)
     with judging(seed, x, model, guide):
         sites = check_pair(model, guide, x)
-    own = _freed(guide, x, required=family is None)
+    own = _freed(model, guide, x, required=family is None)
     local = _fit_local(model, guide, x, family, own, max_steps, seed + 1)
     guides: dict[str, Program] = {"amortized": guide, "per_datapoint": local.guide}
     began = seconds_now(x.device)
@@ -253,10 +253,10 @@ def compare(
     return Comparison(dataset, local)
 
 
-def _freed(guide: Program, x: Tensor, *, required: bool) -> PerDatapoint | None:
+def _freed(model: Program, guide: Program, x: Tensor, *, required: bool) -> PerDatapoint | None:
     """The guide, freed; `None` if that cannot be done and is not required."""
     try:
-        return per_datapoint(guide, x)
+        return per_datapoint(guide, x, model=model)
     except ValueError:
         if required:
             raise

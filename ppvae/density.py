@@ -285,18 +285,73 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
     return sites
 
 
-def read_guide(guide: Program, x: Tensor) -> tuple[str, dict[str, Any]]:
-    """Run a guide once; give its plate's name and, by site, the distributions it drew from.
+@dataclass(frozen=True)
+class GuideSite:
+    """What one latent site of a guide was drawn from.
 
-    Auxiliary sites are left out.
+    Guides such as `AutoNormal` and `EasyGuide` draw an auxiliary variable and put a Delta at a
+    transform of it, or of a part of it: then ``fn`` is the auxiliary variable's distribution.
+
+    Attributes:
+        name: The site's name.
+        fn: The distribution.
+        value: The draw, ``(batch, *event)``.
+        part: Which elements of the auxiliary variable of a datum the site has; `None` where the
+            site was drawn from ``fn`` itself.
+        transform: From that part to the site's values.
+    """
+
+    name: str
+    fn: Any
+    value: Tensor
+    part: slice | None = None
+    transform: Any = None
+
+
+def read_guide(
+    guide: Program, x: Tensor, sites: ModelSites | None = None
+) -> tuple[str, dict[str, GuideSite]]:
+    """Run a guide once; give its plate's name and what each latent site was drawn from.
+
+    Args:
+        guide: A Pyro guide.
+        x: Rows.
+        sites: What is known of the model, whose supports say how a Delta came about.
     """
     trace = poutine.trace(guide).get_trace(x)
-    members, plate = {}, "data"
+    auxiliary, found, plate = [], {}, "data"
     for name, site in _sample_sites(trace):
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False):
-            members[name] = site["fn"]
-            plate = next((f.name for f in _local_frames(site)), plate)
-    return plate, members
+        if site["is_observed"]:
+            continue
+        if site["infer"].get("is_auxiliary", False):
+            auxiliary.append(site)
+            continue
+        found[name] = GuideSite(name, site["fn"], site["value"])
+        if _distribution_name(site["fn"]) == "Delta" and sites is not None:
+            found[name] = _behind_a_delta(found[name], sites.latents[name], auxiliary)
+        plate = next((f.name for f in _local_frames(site)), plate)
+    return plate, found
+
+
+def _behind_a_delta(
+    site: GuideSite, latent: LatentSite, auxiliary: list[dict[str, Any]]
+) -> GuideSite:
+    """The auxiliary draw that a Delta is a transform of; the site as it is if there is none."""
+    if getattr(latent.support, "is_discrete", False):
+        return site
+    transform = to_unconstrained(latent)
+    shape = torch.Size(transform.inverse_shape(torch.Size(latent.event_shape)))
+    count, rows = shape.numel(), site.value.shape[0]
+    for other in auxiliary:
+        if tuple(other["fn"].batch_shape) != (rows,):
+            continue
+        flat = other["value"].reshape(rows, -1)
+        for at in range(flat.shape[1] - count + 1):
+            part = slice(at, at + count)
+            # Draws are continuous: only their own transform is equal to them.
+            if torch.equal(transform(flat[:, part].reshape(rows, *shape)), site.value):
+                return GuideSite(site.name, other["fn"], site.value, part, transform)
+    return site
 
 
 def _site_log_prob(site: dict[str, Any], *, observed: bool) -> Tensor:
@@ -318,6 +373,10 @@ def _site_log_prob(site: dict[str, Any], *, observed: bool) -> Tensor:
 def _sum_sites(trace: Trace, shape: torch.Size, given: Mapping[str, Tensor] | None) -> Tensor:
     total: Tensor | float = 0.0
     for name, site in _sample_sites(trace):
+        if given is None and site["is_observed"] and _distribution_name(site["fn"]) != "Unit":
+            # `AutoNormalMessenger` runs the model, whose observations are no part of q; a
+            # pyro.factor of the guide is.
+            continue
         latent = name in given if given is not None else True
         term = _site_log_prob(site, observed=not latent)
         if term.dim() > len(shape) or (term.dim() and term.shape[-1] != shape[-1]):
@@ -368,7 +427,7 @@ def weigh(
         log_q = _sum_sites(trace, shape, None)
     latents = {}
     for name, site in _sample_sites(trace):
-        if not site["infer"].get("is_auxiliary", False):
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False):
             value, event = site["value"], site["fn"].event_shape
             latents[name] = value.expand(num_samples, x.shape[0], *event)
     return joint(model, x, latents) - log_q, latents

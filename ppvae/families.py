@@ -10,13 +10,15 @@ standard log-normal, an exponential with rate 1, the truncated standard normal.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
-from torch.distributions import constraints, transforms
+from torch import Tensor, nn
+from torch.distributions import biject_to, constraints, transforms
 
 from ppvae.density import LatentSite, support_name
 from ppvae.distributions import TruncatedNormal as _TruncatedNormal
@@ -140,6 +142,19 @@ class GaussianFamily(Family):
     def from_gaussian(self, loc: Tensor, tril: Tensor) -> Tensor:
         """λ of a mean and a Cholesky factor: the inverse of `gaussian`."""
 
+    def from_normal(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent z at the Gaussian's value ``u``, and log |dz/du|.
+
+        Args:
+            u: ``(*batch, size)``.
+
+        Returns:
+            z ``(*batch, *event_shape)`` and the log determinant ``(*batch,)``.
+        """
+        z = self.bijection(u)
+        jacobian: Tensor = self.bijection.log_abs_det_jacobian(u, z).sum(-1)
+        return (z.squeeze(-1) if self.latent_dim is None else z), jacobian
+
 
 class _DiagonalGaussian(GaussianFamily):
     """λ = (μ, log σ)."""
@@ -176,7 +191,7 @@ class DiagonalNormal(_DiagonalGaussian):
 
     def params_of(self, member: Any) -> Tensor:
         """λ of a normal distribution."""
-        normal = _innermost(member)
+        normal = innermost(member)
         return self._join(normal.loc, torch.log(normal.scale))
 
 
@@ -212,7 +227,7 @@ class FullRankNormal(GaussianFamily):
 
     def params_of(self, member: Any) -> Tensor:
         """λ of a multivariate normal distribution."""
-        normal = _innermost(member)
+        normal = innermost(member)
         return self.from_gaussian(normal.loc, normal.scale_tril)
 
     def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,7 +270,7 @@ class LogNormal(_DiagonalGaussian):
 
     def params_of(self, member: Any) -> Tensor:
         """λ of a log-normal distribution."""
-        log_normal = _innermost(member)
+        log_normal = innermost(member)
         return self._join(log_normal.loc, torch.log(log_normal.scale))
 
 
@@ -281,7 +296,7 @@ class Gamma(Family):
 
     def params_of(self, member: Any) -> Tensor:
         """λ of a gamma distribution."""
-        gamma = _innermost(member)
+        gamma = innermost(member)
         return self._join(torch.log(gamma.concentration), torch.log(gamma.rate))
 
 
@@ -307,7 +322,7 @@ class Weibull(Family):
 
     def params_of(self, member: Any) -> Tensor:
         """λ of a Weibull distribution."""
-        weibull = _innermost(member)
+        weibull = innermost(member)
         return self._join(torch.log(weibull.scale), torch.log(weibull.concentration))
 
 
@@ -333,18 +348,263 @@ class TruncatedNormal(Family):
 
     def params_of(self, member: Any) -> Tensor:
         """λ of a truncated normal distribution."""
-        truncated = _innermost(member)
+        truncated = innermost(member)
         return self._join(truncated.loc, torch.log(truncated.scale))
 
 
-def _innermost(fn: Any) -> Any:
+class DistributionFamily(Family):
+    r"""The members of a torch or Pyro distribution class, all its parameters free.
+
+    λ holds every parameter mapped to the reals by torch's ``biject_to``, one after the other.
+    λ = 0 is the member that this map gives: a Laplace(0, 1), a Beta(1, 1), a Dirichlet(1, …, 1).
+
+    Args:
+        kind: A distribution class whose draws are reparameterised.
+        shapes: For each argument of ``kind``, its shape for one datum. Dimensions beyond those
+            that the parameter itself has make independent elements.
+
+    Raises:
+        ValueError: If ``kind`` has no reparameterised draws, an argument is missing or unknown,
+            or an argument's range depends on another's.
+
+    Example:
+        >>> import torch
+        >>> family = DistributionFamily(dist.Laplace, {"loc": (3,), "scale": (3,)})
+        >>> family
+        DistributionFamily(Laplace, loc=(3,), scale=(3,))
+        >>> family.distribution(torch.zeros(7, 6)).event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, kind: type, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        if not getattr(kind, "has_rsample", False):
+            raise ValueError(
+                f"{kind.__name__} has no reparameterised draws, which fitting a datum needs."
+            )
+        if set(self.shapes) != set(argument_names(kind)):
+            raise ValueError(
+                f"{kind.__name__}: expected shapes of {argument_names(kind)}; got "
+                f"{list(self.shapes)}."
+            )
+        limits = _constraints_of(kind)
+        self._maps = {}
+        for name in self.shapes:
+            try:
+                self._maps[name] = biject_to(limits[name])
+            except NotImplementedError:
+                raise ValueError(
+                    f"{kind.__name__}: the range of {name!r} depends on its other parameters or "
+                    f"is discrete, so that they cannot be freed one by one."
+                ) from None
+        self._free = {
+            name: tuple(self._maps[name].inverse_shape(shape))
+            for name, shape in self.shapes.items()
+        }
+        extra = {len(shape) - limits[name].event_dim for name, shape in self.shapes.items()}
+        if len(extra) != 1:
+            raise ValueError(f"{kind.__name__}: the shapes {self.shapes} do not go together.")
+        (self._independent,) = extra
+        neutral = self.distribution(torch.zeros(self.num_params))
+        self._event_shape = tuple(neutral.event_shape)
+        self.support = neutral.support
+
+    @property
+    def num_params(self) -> int:
+        """Size of a row of parameters."""
+        return sum(int(torch.Size(shape).numel()) for shape in self._free.values())
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of the latent variable of one datum."""
+        return self._event_shape
+
+    @property
+    def size(self) -> int:
+        """Number of latent elements of one datum."""
+        return int(torch.Size(self._event_shape).numel())
+
+    def _build(self, params: Tensor) -> Any:
+        arguments, at = {}, 0
+        for name, shape in self._free.items():
+            count = int(torch.Size(shape).numel())
+            part = params[..., at : at + count].reshape((*params.shape[:-1], *shape))
+            arguments[name] = self._maps[name](part)
+            at += count
+        return self.kind(**arguments).to_event(self._independent)
+
+    def params_of(self, member: Any) -> Tensor:
+        """λ of a member."""
+        inner = innermost(member)
+        limits = _constraints_of(self.kind)
+        parts = []
+        for name, shape in self.shapes.items():
+            value = getattr(inner, name)
+            own = value.shape[value.dim() - limits[name].event_dim :]
+            value = value.expand(*inner.batch_shape, *own)
+            free = self._maps[name].inv(value)
+            rows = value.shape[: value.dim() - len(shape)]
+            parts.append(free.reshape((*rows, -1)))
+        return torch.cat(parts, dim=-1)
+
+    def check_site(self, site: LatentSite) -> None:
+        """Refuse a latent site of another shape, or one that has no room for the draws."""
+        _check_by_drawing(self, site)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={shape}" for name, shape in self.shapes.items())
+        return f"DistributionFamily({self.kind.__name__}, {shapes})"
+
+
+class Transformed(Family):
+    r"""A family seen through a fixed transform, :math:`z = T(u), \; u \sim q`.
+
+    λ is that of the base family; T has no parameters per datum. Use `transformed` to make one.
+
+    Args:
+        base: The family of u.
+        transform: A torch transform that is the same for all data.
+    """
+
+    def __init__(self, base: Family, transform: Any) -> None:
+        super().__init__()
+        self.base, self.transform = base, transform
+        try:
+            # Without a cache, log q(z) would invert T, which loses digits or is impossible.
+            self._cached = transform.with_cache(1)
+        except NotImplementedError:
+            self._cached = transform
+        neutral = self.distribution(torch.zeros(base.num_params))
+        self._event_shape = tuple(neutral.event_shape)
+        self.support = neutral.support
+
+    def __reduce__(self) -> Any:
+        # The cache holds tensors that cannot be copied.
+        return type(self), (self.base, self.transform)
+
+    @property
+    def num_params(self) -> int:
+        """Size of a row of parameters."""
+        return self.base.num_params
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of the latent variable of one datum."""
+        return self._event_shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements of u for one datum."""
+        return self.base.size
+
+    def _build(self, params: Tensor) -> Any:
+        return dist.TransformedDistribution(self.base.distribution(params), [self._cached])
+
+    def params_of(self, member: Any) -> Tensor:
+        """λ of a transformed distribution: that of its base."""
+        return self.base.params_of(innermost(member).base_dist)
+
+    def check_site(self, site: LatentSite) -> None:
+        """Refuse a latent site of another shape, or one that has no room for the draws."""
+        _check_by_drawing(self, site)
+
+    def __repr__(self) -> str:
+        return f"transformed({self.base!r}, {_transform_name(self.transform)})"
+
+
+class TransformedGaussian(Transformed, GaussianFamily):
+    """A Gaussian family seen through a fixed transform: natural gradients apply."""
+
+    base: GaussianFamily
+
+    @property
+    def full_rank(self) -> bool:  # type: ignore[override]
+        """Whether the Gaussian has a full covariance."""
+        return self.base.full_rank
+
+    def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and Cholesky factor of λ."""
+        return self.base.gaussian(params)
+
+    def from_gaussian(self, loc: Tensor, tril: Tensor) -> Tensor:
+        """λ of a mean and a Cholesky factor."""
+        return self.base.from_gaussian(loc, tril)
+
+    def from_normal(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent at the Gaussian's value ``u``, and the log determinant."""
+        inner, jacobian = self.base.from_normal(u)
+        z = self._cached(inner)
+        term = self._cached.log_abs_det_jacobian(inner, z)
+        return z, jacobian + term.reshape(*jacobian.shape, -1).sum(-1)
+
+
+def transformed(base: Family, transform: Any) -> Transformed:
+    """A family seen through a fixed transform.
+
+    Args:
+        base: The family of the variable that is transformed.
+        transform: A torch or Pyro transform with no parameters per datum.
+
+    Example:
+        >>> from torch.distributions import SigmoidTransform
+        >>> transformed(DiagonalNormal(2), SigmoidTransform())
+        transformed(DiagonalNormal(2), SigmoidTransform())
+    """
+    kind = TransformedGaussian if isinstance(base, GaussianFamily) else Transformed
+    return kind(base, transform)
+
+
+def _check_by_drawing(family: Family, site: LatentSite, draws: int = 64) -> None:
+    """The support of a composed family is best seen by its draws."""
+    if tuple(site.event_shape) != family.event_shape:
+        raise ValueError(
+            f"Site {site.name!r}: expected a family with event shape {tuple(site.event_shape)}; "
+            f"got {family!r} with {family.event_shape}."
+        )
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        drawn = family.distribution(torch.zeros(draws, family.num_params)).sample()
+    if not bool(site.support.check(drawn).all()):
+        raise ValueError(
+            f"Site {site.name!r}: {family!r} draws outside of the support of the model's prior, "
+            f"{site.family} ({support_name(site.support)!r}). Choose a family on that support: "
+            f"{_families_on(support_name(site.support))}."
+        )
+
+
+def argument_names(kind: type) -> list[str]:
+    """The arguments of a distribution class that are its parameters, one of each equivalent set."""
+    names = [n for n in inspect.signature(kind.__init__).parameters if n in _constraints_of(kind)]
+    redundant = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_matrix"}}
+    dropped = set().union(*(out for name, out in redundant.items() if name in names))
+    return [name for name in names if name not in dropped]
+
+
+def _constraints_of(kind: type) -> Mapping[str, Any]:
+    limits = getattr(kind, "arg_constraints", {})
+    return limits if isinstance(limits, Mapping) else {}
+
+
+def _transform_name(transform: Any) -> str:
+    if isinstance(transform, transforms.ComposeTransform):
+        return " then ".join(_transform_name(part) for part in transform.parts)
+    if isinstance(transform, transforms.IndependentTransform):
+        return _transform_name(transform.base_transform)
+    if isinstance(transform, transforms.AffineTransform):
+        loc, scale = torch.as_tensor(transform.loc), torch.as_tensor(transform.scale)
+        return f"AffineTransform({loc.tolist()}, {scale.tolist()})"
+    return type(transform).__name__ + ("" if isinstance(transform, nn.Module) else "()")
+
+
+def innermost(fn: Any) -> Any:
     """The distribution inside of `Independent`, `ExpandedDistribution` and masks."""
     while type(fn).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
         fn = fn.base_dist
     return fn
 
 
-_MEMBERS: dict[type, type[Family]] = {
+BUILT_IN: dict[type, type[Family]] = {
     dist.Normal: DiagonalNormal,
     dist.MultivariateNormal: FullRankNormal,
     dist.LogNormal: LogNormal,
@@ -352,43 +612,9 @@ _MEMBERS: dict[type, type[Family]] = {
     dist.Weibull: Weibull,
     _TruncatedNormal: TruncatedNormal,
 }
+"""The family of each distribution class that has one of its own."""
 
 
 def _families_on(support: str) -> str:
-    names = [f.__name__ for f in _MEMBERS.values() if support_name(f.support) == support]
-    return ", ".join(names) if names else "none is built in; see ppvae.families.Family"
-
-
-def read_member(name: str, fn: Any) -> tuple[Family, Tensor]:
-    """The family that a guide's distribution belongs to, and its parameters there.
-
-    Args:
-        name: The guide's site, for messages.
-        fn: The site's distribution, batch shape ``(batch,)``, event shape ``()`` or ``(d,)``.
-
-    Returns:
-        The family and λ, ``(batch, num_params)``.
-
-    Raises:
-        ValueError: If the distribution is none that can be freed; names the site.
-    """
-    kind = _MEMBERS.get(type(_innermost(fn)))
-    if isinstance(_innermost(fn), dist.Delta):
-        raise ValueError(
-            f"Site {name!r} is drawn through a Delta, as in AutoNormal and its relatives. Such a "
-            f"guide keeps parameters for each datum already and amortizes nothing. To see how far "
-            f"it is from the optimum, name its family: family=DiagonalNormal(...) for latents on "
-            f"the reals, LogNormal(...) for positive ones."
-        )
-    if kind is None or len(fn.event_shape) > 1:
-        raise ValueError(
-            f"Site {name!r}: a {type(_innermost(fn)).__name__} with event shape "
-            f"{tuple(fn.event_shape)} cannot be freed per datum; known are "
-            f"{', '.join(d.__name__ for d in _MEMBERS)} with event shape () or (d,). "
-            f"Name a family on {support_name(fn.support)!r} to measure against instead, as "
-            f"family=...: {_families_on(support_name(fn.support))}."
-        )
-    family = kind(fn.event_shape[0] if fn.event_shape else None)
-    params = family.params_of(fn)
-    shape = (*fn.batch_shape, family.num_params)
-    return family, params.expand(shape).detach().clone()
+    names = [f.__name__ for f in BUILT_IN.values() if support_name(f.support) == support]
+    return ", ".join(names) if names else "none is built in; see ppvae.families.DistributionFamily"

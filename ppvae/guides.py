@@ -13,8 +13,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.density import Program, check_pair, judging, read_guide
-from ppvae.families import Family, read_member
+from ppvae.density import ModelSites, Program, check_pair, judging
+from ppvae.families import Family
+from ppvae.freeing import Reading, read_free
 from ppvae.isolation import OwnedModule, check_rows, device_of
 from ppvae.nn import Table
 
@@ -181,17 +182,20 @@ def per_datapoint(guide: Program, x: Tensor, *, model: Program | None = None) ->
 
     Args:
         guide: `Amortized`, `PerDatapoint`, or any Pyro guide whose latent sites are drawn from
-            distributions that `ppvae.families` knows, with parameters that depend on x alone.
+            distributions with parameters that depend on x alone: reparameterised ones of torch
+            and Pyro, also behind fixed transforms, and those of `AutoNormal` and `EasyGuide`.
         x: Rows, ``(batch, *event)``.
-        model: If given, the guide's sites are checked against it.
+        model: If given, the guide's sites are checked against it. Guides that make their sites
+            from auxiliary draws, as `AutoNormal` does, need it.
 
     Returns:
         A guide for these rows with the same site distributions, whose table holds the guide's
         parameters for them. The guide that was given is not changed.
 
     Raises:
-        ValueError: If a site cannot be freed (named): its distribution is none of the known
-            families, or depends on another latent variable.
+        ValueError: If a site cannot be freed (named): its distribution depends on another latent
+            variable, has no reparameterised draws, shares parameters with another site's, or is
+            behind a transform that differs between rows.
 
     Example:
         >>> import torch
@@ -202,34 +206,21 @@ def per_datapoint(guide: Program, x: Tensor, *, model: Program | None = None) ->
     """
     check_rows(x, guide)
     with judging(0, x, guide, model), torch.no_grad():
-        if model is not None:
-            check_pair(model, guide, x)
-        if isinstance(guide, Amortized):
-            params = {guide.site: guide.params(x)}
-            families, plate = dict(guide.families), guide.plate
-        elif isinstance(guide, PerDatapoint):
-            params = guide.params(x)
-            families, plate = dict(guide.families), guide.plate
-        else:
-            families, params, plate = _read_guide(guide, x)
-    freed = PerDatapoint(families, x.shape[0], plate=plate)
-    for name, value in params.items():
+        sites = None if model is None else check_pair(model, guide, x)
+        reading = read_params(guide, x, sites)
+    freed = PerDatapoint(reading.families, x.shape[0], plate=reading.plate)
+    for name, value in reading.params.items():
         freed.table(name).weight = nn.Parameter(value.detach().clone())
     return freed
 
 
-def _read_guide(guide: Program, x: Tensor) -> tuple[dict[str, Family], dict[str, Tensor], str]:
-    plate, members = read_guide(guide, x)
-    # A second run has other draws: parameters that differ depend on another latent.
-    _, again = read_guide(guide, x)
-    families: dict[str, Family] = {}
-    params: dict[str, Tensor] = {}
-    for name, member in members.items():
-        families[name], params[name] = read_member(name, member)
-        if not torch.equal(params[name], read_member(name, again[name])[1]):
-            raise ValueError(
-                f"Site {name!r}: its distribution depends on another latent variable, or on a "
-                f"random number, so it has no parameters per datum to free. Name a family to "
-                f"measure against instead: family=DiagonalNormal(...)."
-            )
-    return families, params, plate
+def read_params(guide: Program, x: Tensor, sites: ModelSites | None = None) -> Reading:
+    """A guide's families and its λ for these rows, differentiable in the guide's parameters.
+
+    For code that provides the contexts of `ppvae.density.judging` itself.
+    """
+    if isinstance(guide, Amortized):
+        return Reading(guide.plate, guide.families, {guide.site: guide.params(x)})
+    if isinstance(guide, PerDatapoint):
+        return Reading(guide.plate, guide.families, guide.params(x))
+    return read_free(guide, x, sites)

@@ -148,9 +148,8 @@ class _Local:
         values, jacobian, at = {}, torch.zeros(()).to(u), 0
         for name, family in self.families.items():
             part = u[..., at : at + family.size]
-            z = family.bijection(part)
-            jacobian = jacobian + family.bijection.log_abs_det_jacobian(part, z).sum(-1)
-            values[name] = z.squeeze(-1) if family.latent_dim is None else z
+            values[name], term = family.from_normal(part)
+            jacobian = jacobian + term
             at += family.size
         return joint(self.model, x, values) + jacobian
 

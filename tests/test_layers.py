@@ -26,6 +26,7 @@ ROWS = [
     "priors",
     "density",
     "families",
+    "freeing",
     "models",
     "guides",
     "pairs",
@@ -33,16 +34,19 @@ ROWS = [
     "compiled",
     "training",
     "natural",
+    "fisher",
     "local",
     "evidence",
     "diagnostics",
     "comparison",
     "inference_data",
     "plots",
+    "preparing",
+    "reporting",
     "cli",
 ]
 # A leaf serves the modules named here and no others.
-LEAVES = {"data": {"plots", "cli"}}
+LEAVES = {"data": {"plots", "preparing", "cli"}}
 # Libraries that are slow to import, or change torch's settings when they are.
 LAZY = (
     "arviz",

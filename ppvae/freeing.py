@@ -1,0 +1,259 @@
+"""Reading a guide: which family each of its sites belongs to, and its parameters for each row.
+
+This is what lets `compare` take a guide that it did not write. A site can be freed if its
+distribution has parameters that are functions of the rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import transforms
+
+from ppvae.density import GuideSite, ModelSites, Program, read_guide, support_name
+from ppvae.families import (
+    BUILT_IN,
+    DiagonalNormal,
+    DistributionFamily,
+    Family,
+    FullRankNormal,
+    LogNormal,
+    argument_names,
+    innermost,
+    transformed,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A guide's families and their parameters for some rows.
+
+    Attributes:
+        plate: Name of the plate over the rows.
+        families: By site.
+        params: λ by site, ``(batch, num_params)``, differentiable in the guide's parameters.
+    """
+
+    plate: str
+    families: Mapping[str, Family]
+    params: Mapping[str, Tensor]
+
+
+def read_families(guide: Program, x: Tensor, sites: ModelSites | None = None) -> Reading:
+    """Run a guide once and read its families and parameters.
+
+    Raises:
+        ValueError: If a site cannot be freed (named).
+    """
+    plate, members = read_guide(guide, x, sites)
+    read = {name: read_member(member) for name, member in members.items()}
+    return Reading(
+        plate,
+        {name: family for name, (family, _) in read.items()},
+        {name: params for name, (_, params) in read.items()},
+    )
+
+
+def read_free(guide: Program, x: Tensor, sites: ModelSites | None = None) -> Reading:
+    """`read_families`, and a second run with other draws to see that nothing hangs on them.
+
+    Raises:
+        ValueError: If a site cannot be freed (named), also because its distribution depends on
+            another latent variable or on a random number.
+    """
+    first = read_families(guide, x, sites)
+    again = read_families(guide, x, sites)
+    for name, family in first.families.items():
+        same = repr(family) == repr(again.families[name])
+        if not same or not torch.equal(first.params[name], again.params[name]):
+            raise ValueError(
+                f"Site {name!r}: its distribution depends on another latent variable, or on a "
+                f"random number, so it has no parameters per datum to free. Name a family to "
+                f"measure against instead: family=DiagonalNormal(...)."
+            )
+    return first
+
+
+def read_member(site: GuideSite) -> tuple[Family, Tensor]:
+    """The family that a site's distribution belongs to, and its parameters there.
+
+    Args:
+        site: The site, with a distribution of batch shape ``(batch,)``.
+
+    Returns:
+        The family and λ, ``(batch, num_params)``.
+
+    Raises:
+        ValueError: If the distribution is none that can be freed; names the site.
+    """
+    if site.part is not None:
+        family, params = _read_part(site)
+    elif isinstance(innermost(site.fn), dist.Delta):
+        raise ValueError(
+            f"Site {site.name!r}: the guide puts all its mass on a point (a Delta), as AutoDelta "
+            f"and map_estimate do. A point has no density over z, hence no ELBO. Use a guide with "
+            f"a density; where the Delta is a transform of an auxiliary draw, pass the model too."
+        )
+    else:
+        family, params = _read(site.name, site.fn)
+    return family, params.expand(*site.fn.batch_shape, family.num_params)
+
+
+def _read(name: str, fn: Any) -> tuple[Family, Tensor]:
+    inner = innermost(fn)
+    # By name: subclasses such as LogNormal have parameters of their own.
+    if type(inner).__name__ == "TransformedDistribution":
+        return _read_transformed(name, fn, inner)
+    kind = BUILT_IN.get(type(inner))
+    if kind is not None and len(fn.event_shape) <= 1:
+        family: Family = kind(fn.event_shape[0] if fn.event_shape else None)
+        return family, family.params_of(fn)
+    if kind is not None and kind is not FullRankNormal:
+        # Matrices and the like: the family of the elements in a row, reshaped.
+        return _read_array(kind, fn, inner)
+    try:
+        names = argument_names(type(inner))
+        limits = inner.arg_constraints
+        batch = len(fn.batch_shape)
+        shapes = {}
+        for argument in names:
+            value = getattr(inner, argument)
+            own = value.shape[value.dim() - limits[argument].event_dim :]
+            shapes[argument] = (*inner.batch_shape, *own)[batch:]
+        family = DistributionFamily(type(inner), shapes)
+        params = family.params_of(fn)
+        drawn = fn.sample()
+        agree = torch.allclose(
+            family.distribution(params).log_prob(drawn), fn.log_prob(drawn), atol=1e-3, rtol=1e-3
+        )
+    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+        raise _not_free(name, fn, str(error)) from error
+    if not agree:
+        raise _not_free(name, fn, "Built again from its parameters it has another density.")
+    return family, params
+
+
+def _not_free(name: str, fn: Any, why: str) -> ValueError:
+    why = " ".join(why.split())
+    return ValueError(
+        f"Site {name!r}: a {type(innermost(fn)).__name__} with event shape "
+        f"{tuple(fn.event_shape)} cannot be freed per datum. {why} Name a family on "
+        f"{support_name(fn.support)!r} to measure against instead, as family=... (see "
+        f"ppvae.families)."
+    )
+
+
+def _read_array(kind: type[Family], fn: Any, inner: Any) -> tuple[Family, Tensor]:
+    rows, shape = tuple(fn.batch_shape), tuple(fn.event_shape)
+    count = int(torch.Size(shape).numel())
+    base = kind(count)
+    elements = {
+        argument: getattr(inner, argument).expand(*rows, *shape).reshape(*rows, count)
+        for argument in argument_names(type(inner))
+    }
+    reshape = transforms.ReshapeTransform((count,), shape)
+    return transformed(base, reshape), base.params_of(type(inner)(**elements))
+
+
+def _read_transformed(name: str, fn: Any, inner: Any) -> tuple[Family, Tensor]:
+    parts = [_fixed(name, part, len(fn.batch_shape), fn) for part in inner.transforms]
+    extra = len(inner.base_dist.batch_shape) - len(fn.batch_shape)
+    base = dist.Independent(inner.base_dist, extra) if extra > 0 else inner.base_dist
+    family, params = _read(name, base)
+    whole = parts[0] if len(parts) == 1 else transforms.ComposeTransform(parts)
+    return behind(family, whole), params
+
+
+def behind(base: Family, transform: Any) -> Family:
+    """``base`` seen through a transform, by its own name where it has one."""
+    if isinstance(transform, transforms.ComposeTransform) and not transform.parts:
+        return base
+    if isinstance(transform, transforms.ExpTransform) and type(base) is DiagonalNormal:
+        return LogNormal(base.latent_dim)
+    return transformed(base, transform)
+
+
+def _fixed(name: str, transform: Any, batch: int, fn: Any) -> Any:
+    """The transform, with one row of what it holds for each row, if these are equal.
+
+    Raises:
+        ValueError: If it differs between rows.
+    """
+    if isinstance(transform, nn.Module):
+        return transform  # A flow whose parameters all data share.
+    if isinstance(transform, transforms.ComposeTransform):
+        return transforms.ComposeTransform(
+            [_fixed(name, part, batch, fn) for part in transform.parts]
+        )
+    if isinstance(transform, transforms.IndependentTransform):
+        base = _fixed(name, transform.base_transform, batch, fn)
+        return transforms.IndependentTransform(base, transform.reinterpreted_batch_ndims)
+    held = {k: v for k, v in vars(transform).items() if isinstance(v, Tensor)}
+    for key, value in held.items():
+        if value.dim() <= len(fn.event_shape):
+            continue
+        first = value.reshape(-1, *value.shape[batch:])[0]
+        if not torch.equal(first.expand_as(value), value):
+            raise ValueError(
+                f"Site {name!r}: {type(transform).__name__} has a {key} that differs between "
+                f"rows, so that it is no fixed transform. Put what depends on x into the "
+                f"parameters of the distribution that is transformed, or name a family to measure "
+                f"against: family=..."
+            )
+        held[key] = first
+    if not held:
+        return transform
+    if isinstance(transform, transforms.AffineTransform):
+        loc = held.get("loc", transform.loc)
+        scale = held.get("scale", transform.scale)
+        return transforms.AffineTransform(loc, scale, transform.event_dim)
+    return transform
+
+
+def _read_part(site: GuideSite) -> tuple[Family, Tensor]:
+    """A site that is a part of an auxiliary draw, behind the map onto its support."""
+    fn, inner, part = site.fn, innermost(site.fn), site.part
+    assert part is not None
+    rows, event = tuple(fn.batch_shape), tuple(fn.event_shape)
+    count = part.stop - part.start
+    whole = count == torch.Size(event).numel()
+    shape = torch.Size(site.transform.inverse_shape(site.value.shape[1:]))
+    if isinstance(inner, dist.Normal):
+        loc, scale = (
+            getattr(inner, argument).expand(*rows, *event).reshape(*rows, -1)[..., part]
+            for argument in ("loc", "scale")
+        )
+        base: Family = DiagonalNormal(count if shape else None)
+        if not shape:
+            loc, scale = loc[..., 0], scale[..., 0]
+        params = base.params_of(dist.Normal(loc, scale))
+    elif isinstance(inner, dist.MultivariateNormal) and whole:
+        base = FullRankNormal(count)
+        params = base.params_of(fn)
+    else:
+        what = type(inner).__name__
+        raise ValueError(
+            f"Site {site.name!r} is drawn from a {what} "
+            f"{'that it shares with other sites' if not whole else 'of an auxiliary variable'}, so "
+            f"that it has no parameters of its own to free. Name a family for each site to "
+            f"measure against: family={{{site.name!r}: DiagonalNormal(...), ...}}."
+        )
+    if len(shape) > 1:
+        base = transformed(base, transforms.ReshapeTransform((count,), shape))
+    if isinstance(base, FullRankNormal) and not shape:
+        base = transformed(base, transforms.ReshapeTransform((1,), ()))
+    if support_is_real(site.transform):
+        return base, params
+    return behind(base, site.transform), params
+
+
+def support_is_real(transform: Any) -> bool:
+    """Whether a map from the reals onto a support does nothing."""
+    if isinstance(transform, transforms.IndependentTransform):
+        return support_is_real(transform.base_transform)
+    return isinstance(transform, transforms.ComposeTransform) and not transform.parts
