@@ -433,6 +433,57 @@ def weigh(
     return joint(model, x, latents) - log_q, latents
 
 
+def prior_draws(model: Program, x: Tensor, num_samples: int) -> dict[str, Tensor]:
+    """Draws of the model's latent sites, by site ``(num_samples, batch, *event)``.
+
+    For code that provides the contexts of `judging` itself.
+    """
+    shape = torch.Size((num_samples, x.shape[0]))
+    with unvalidated(), _with_draws(shape), _particles(num_samples):
+        trace = poutine.trace(model).get_trace(x)
+    return {
+        name: site["value"].expand(*shape, *site["fn"].event_shape)
+        for name, site in _sample_sites(trace)
+        if not site["is_observed"]
+    }
+
+
+def check_density(model: Program, x: Tensor, sites: ModelSites) -> None:
+    """Refuse a model whose log p(x_n, z_n) is no function of x_n and z_n alone.
+
+    For code that provides the contexts of `judging` itself.
+
+    Raises:
+        ValueError: If the density is random given its arguments, or that of a row changes with
+            the other rows.
+    """
+    latents = {name: z[:2] for name, z in prior_draws(model, x, 2).items() if name in sites.latents}
+    value = joint(model, x, latents)
+    if not torch.equal(value.nan_to_num(), joint(model, x, latents).nan_to_num()):
+        raise ValueError(
+            "model: its log density of the same x and z is another one at each call, in eval mode "
+            "too, so that no two guides meet the same model. Dropout that ignores eval mode, and "
+            "a binarisation that is drawn inside of the model, are the usual causes: binarise x "
+            "once, before."
+        )
+    half = (len(x) + 1) // 2
+    if half == len(x):
+        return
+    index = torch.arange(len(x), device=x.device)
+    index[half:] = index[: len(x) - half]
+    others = joint(model, x[index], {name: z[:, index] for name, z in latents.items()})
+    first, second = value[:, :half], others[:, :half]
+    finite = torch.isfinite(first) & torch.isfinite(second)
+    far = (first - second).abs() > 1e-3 * first.abs().clamp(min=1.0)
+    if bool((far & finite).any()):
+        row = int((far & finite).any(dim=0).nonzero()[0])
+        raise ValueError(
+            f"model: its log density of row {row} changes with the other rows, so that log p(x_n) "
+            f"is not defined per row. Batch norm without running statistics and layers that mix "
+            f"rows are the usual causes."
+        )
+
+
 @contextmanager
 def judging(seed: int, x: Tensor, *modules: Any) -> Iterator[None]:
     """The context in which a fit is judged.

@@ -10,6 +10,7 @@ standard log-normal, an exponential with rate 1, the truncated standard normal.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints, transforms
+from torch.distributions.utils import tril_matrix_to_vec, vec_to_tril_matrix
 
 from ppvae.density import LatentSite, support_name
 from ppvae.distributions import TruncatedNormal as _TruncatedNormal
@@ -384,6 +386,12 @@ class DistributionFamily(Family):
             raise ValueError(
                 f"{kind.__name__} has no reparameterised draws, which fitting a datum needs."
             )
+        needed = set(_needed_arguments(kind)) - set(_constraints_of(kind))
+        if needed or not argument_names(kind):
+            raise ValueError(
+                f"{kind.__name__} does not say which range its parameters have"
+                f"{': ' + ', '.join(sorted(needed)) if needed else ''}."
+            )
         if set(self.shapes) != set(argument_names(kind)):
             raise ValueError(
                 f"{kind.__name__}: expected shapes of {argument_names(kind)}; got "
@@ -393,7 +401,7 @@ class DistributionFamily(Family):
         self._maps = {}
         for name in self.shapes:
             try:
-                self._maps[name] = biject_to(limits[name])
+                self._maps[name] = _onto(limits[name])
             except NotImplementedError:
                 raise ValueError(
                     f"{kind.__name__}: the range of {name!r} depends on its other parameters or "
@@ -465,23 +473,25 @@ class Transformed(Family):
 
     Args:
         base: The family of u.
-        transform: A torch transform that is the same for all data.
+        transform: A torch transform that is the same for all data. A flow with parameters is
+            copied as it is: later training does not change the family.
     """
 
     def __init__(self, base: Family, transform: Any) -> None:
         super().__init__()
-        self.base, self.transform = base, transform
+        self.base, self.transform = base, _as_it_is(transform)
         try:
             # Without a cache, log q(z) would invert T, which loses digits or is impossible.
-            self._cached = transform.with_cache(1)
+            self._cached = self.transform.with_cache(1)
         except NotImplementedError:
-            self._cached = transform
+            self._cached = self.transform
         neutral = self.distribution(torch.zeros(base.num_params))
         self._event_shape = tuple(neutral.event_shape)
         self.support = neutral.support
 
     def __reduce__(self) -> Any:
         # The cache holds tensors that cannot be copied.
+        _forget_draws(self.transform)
         return type(self), (self.base, self.transform)
 
     @property
@@ -556,6 +566,26 @@ def transformed(base: Family, transform: Any) -> Transformed:
     return kind(base, transform)
 
 
+def same_family(one: Family, other: Family) -> bool:
+    """Whether two families are the same set of distributions.
+
+    Example:
+        >>> same_family(DiagonalNormal(2), DiagonalNormal(2)), same_family(LogNormal(), Gamma())
+        (True, False)
+    """
+    if repr(one) != repr(other):
+        return False
+    pairs = zip(_held_by(one), _held_by(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def _held_by(family: Family) -> list[Tensor]:
+    """What the transform of a family holds: two flows of one kind are two families."""
+    if not isinstance(family, Transformed):
+        return []
+    return [*_tensors_in(family.transform), *_held_by(family.base)]
+
+
 def _check_by_drawing(family: Family, site: LatentSite, draws: int = 64) -> None:
     """The support of a composed family is best seen by its draws."""
     if tuple(site.event_shape) != family.event_shape:
@@ -563,8 +593,14 @@ def _check_by_drawing(family: Family, site: LatentSite, draws: int = 64) -> None
             f"Site {site.name!r}: expected a family with event shape {tuple(site.event_shape)}; "
             f"got {family!r} with {family.event_shape}."
         )
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        drawn = family.distribution(torch.zeros(draws, family.num_params)).sample()
+    # Where the transform and the support hold tensors, the draws must be of their kind. The
+    # second dimension is that of the rows, which may have bounds of their own.
+    held = [*_held_by(family), *_tensors_in(site.support)]
+    like = next((value for value in held if value.is_floating_point()), torch.zeros(()))
+    devices = [like.device] if like.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        params = torch.randn(draws, 1, family.num_params).to(like)
+        drawn = family.distribution(torch.cat([torch.zeros_like(params), params])).sample()
     if not bool(site.support.check(drawn).all()):
         raise ValueError(
             f"Site {site.name!r}: {family!r} draws outside of the support of the model's prior, "
@@ -573,12 +609,93 @@ def _check_by_drawing(family: Family, site: LatentSite, draws: int = 64) -> None
         )
 
 
+def _pieces(*items: Any) -> list[Any]:
+    """Transforms and constraints, and those that they are made of, each once."""
+    found: dict[int, Any] = {}
+    pending = list(items)
+    while pending:
+        item = pending.pop()
+        if isinstance(item, (list, tuple)):
+            pending += item
+        elif id(item) not in found and isinstance(
+            item, (transforms.Transform, constraints.Constraint)
+        ):
+            found[id(item)] = item
+            pending += vars(item).values()
+    return list(found.values())
+
+
+def _tensors_in(*items: Any) -> list[Tensor]:
+    """The tensors that transforms and constraints hold, what they remember of draws aside."""
+    found: list[Tensor] = []
+    for piece in _pieces(*items):
+        held = [*piece.parameters(), *piece.buffers()] if isinstance(piece, nn.Module) else []
+        own = [value for key, value in vars(piece).items() if "cache" not in key]
+        found += [value for value in [*held, *own] if isinstance(value, Tensor)]
+    return found
+
+
+def _forget_draws(transform: Any) -> None:
+    """Drop what flows remember of their last draw, which has a graph and cannot be copied."""
+    for piece in _pieces(transform):
+        for module in piece.modules() if isinstance(piece, nn.Module) else ():
+            if isinstance(module, transforms.Transform):
+                module._cached_x_y = None, None
+                for key, value in vars(module).items():
+                    if "cache" in key and isinstance(value, Tensor):
+                        vars(module)[key] = None
+
+
+def _as_it_is(transform: Any) -> Any:
+    """The transform; a copy of it, with nothing left to train, where it has modules."""
+    if not any(isinstance(piece, nn.Module) for piece in _pieces(transform)):
+        return transform
+    _forget_draws(transform)
+    copied = copy.deepcopy(transform)
+    for piece in _pieces(copied):
+        if isinstance(piece, nn.Module):
+            piece.eval().requires_grad_(False)
+    return copied
+
+
 def argument_names(kind: type) -> list[str]:
     """The arguments of a distribution class that are its parameters, one of each equivalent set."""
     names = [n for n in inspect.signature(kind.__init__).parameters if n in _constraints_of(kind)]
     redundant = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_matrix"}}
     dropped = set().union(*(out for name, out in redundant.items() if name in names))
     return [name for name in names if name not in dropped]
+
+
+def _needed_arguments(kind: type) -> list[str]:
+    given = inspect.signature(kind.__init__).parameters.values()
+    return [
+        p.name
+        for p in given
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
+    ]
+
+
+class _FromTriangle(transforms.Transform):
+    """From the elements of a lower triangle to a Cholesky factor: of the diagonal, logarithms."""
+
+    domain = constraints.real_vector
+    codomain = constraints.lower_cholesky
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        return transforms.LowerCholeskyTransform()(vec_to_tril_matrix(x))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return tril_matrix_to_vec(transforms.LowerCholeskyTransform().inv(y))
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+def _onto(limits: Any) -> Any:
+    """The map from the reals onto the range of a parameter."""
+    # Torch's own for this one takes a full matrix, half of which would have no meaning.
+    return _FromTriangle() if limits is constraints.lower_cholesky else biject_to(limits)
 
 
 def _constraints_of(kind: type) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ distribution has parameters that are functions of the rows alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from ppvae.families import (
     LogNormal,
     argument_names,
     innermost,
+    same_family,
     transformed,
 )
 
@@ -69,7 +71,7 @@ def read_free(guide: Program, x: Tensor, sites: ModelSites | None = None) -> Rea
     first = read_families(guide, x, sites)
     again = read_families(guide, x, sites)
     for name, family in first.families.items():
-        same = repr(family) == repr(again.families[name])
+        same = same_family(family, again.families[name])
         if not same or not torch.equal(first.params[name], again.params[name]):
             raise ValueError(
                 f"Site {name!r}: its distribution depends on another latent variable, or on a "
@@ -99,6 +101,8 @@ def read_member(site: GuideSite) -> tuple[Family, Tensor]:
             f"and map_estimate do. A point has no density over z, hence no ELBO. Use a guide with "
             f"a density; where the Delta is a transform of an auxiliary draw, pass the model too."
         )
+    elif _is_masked(site.fn):
+        raise _not_free(site.name, site.fn, "Its density is masked in some rows or elements.")
     else:
         family, params = _read(site.name, site.fn)
     return family, params.expand(*site.fn.batch_shape, family.num_params)
@@ -106,8 +110,8 @@ def read_member(site: GuideSite) -> tuple[Family, Tensor]:
 
 def _read(name: str, fn: Any) -> tuple[Family, Tensor]:
     inner = innermost(fn)
-    # By name: subclasses such as LogNormal have parameters of their own.
-    if type(inner).__name__ == "TransformedDistribution":
+    # By name: other subclasses, such as LogNormal, have parameters of their own.
+    if type(inner).__name__ in ("TransformedDistribution", "LogisticNormal"):
         return _read_transformed(name, fn, inner)
     kind = BUILT_IN.get(type(inner))
     if kind is not None and len(fn.event_shape) <= 1:
@@ -131,7 +135,14 @@ def _read(name: str, fn: Any) -> tuple[Family, Tensor]:
         agree = torch.allclose(
             family.distribution(params).log_prob(drawn), fn.log_prob(drawn), atol=1e-3, rtol=1e-3
         )
-    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise _not_free(name, fn, str(error)) from error
     if not agree:
         raise _not_free(name, fn, "Built again from its parameters it has another density.")
@@ -140,12 +151,22 @@ def _read(name: str, fn: Any) -> tuple[Family, Tensor]:
 
 def _not_free(name: str, fn: Any, why: str) -> ValueError:
     why = " ".join(why.split())
+    # A mixture's own constraint stands in front of that of its components.
+    support = getattr(fn.support, "base_constraint", fn.support)
     return ValueError(
         f"Site {name!r}: a {type(innermost(fn)).__name__} with event shape "
         f"{tuple(fn.event_shape)} cannot be freed per datum. {why} Name a family on "
-        f"{support_name(fn.support)!r} to measure against instead, as family=... (see "
+        f"{support_name(support)!r} to measure against instead, as family=... (see "
         f"ppvae.families)."
     )
+
+
+def _is_masked(fn: Any) -> bool:
+    while fn is not innermost(fn):
+        if isinstance(fn, dist.MaskedDistribution) and not torch.as_tensor(fn._mask).all():
+            return True
+        fn = fn.base_dist
+    return False
 
 
 def _read_array(kind: type[Family], fn: Any, inner: Any) -> tuple[Family, Tensor]:
@@ -161,58 +182,90 @@ def _read_array(kind: type[Family], fn: Any, inner: Any) -> tuple[Family, Tensor
 
 
 def _read_transformed(name: str, fn: Any, inner: Any) -> tuple[Family, Tensor]:
-    parts = [_fixed(name, part, len(fn.batch_shape), fn) for part in inner.transforms]
-    extra = len(inner.base_dist.batch_shape) - len(fn.batch_shape)
-    base = dist.Independent(inner.base_dist, extra) if extra > 0 else inner.base_dist
+    base = inner.base_dist
+    if type(base) is torch.distributions.Normal:  # Torch makes LogisticNormal of its own.
+        base = dist.Normal(base.loc, base.scale)
+    extra = len(base.batch_shape) - len(fn.batch_shape)
+    if extra > 0:
+        base = dist.Independent(base, extra)
     family, params = _read(name, base)
+    parts, u = [], base.sample()
+    for part in inner.transforms:
+        parts.append(_fixed(name, part, u))
+        u = part(u)
     whole = parts[0] if len(parts) == 1 else transforms.ComposeTransform(parts)
     return behind(family, whole), params
 
 
 def behind(base: Family, transform: Any) -> Family:
     """``base`` seen through a transform, by its own name where it has one."""
-    if isinstance(transform, transforms.ComposeTransform) and not transform.parts:
+    if _changes_nothing(transform):
         return base
+    if isinstance(transform, transforms.IndependentTransform) and type(base) is DiagonalNormal:
+        return behind(base, transform.base_transform)
+    if isinstance(transform, transforms.ComposeTransform):
+        parts = [part for part in transform.parts if not _changes_nothing(part)]
+        transform = parts[0] if len(parts) == 1 else transforms.ComposeTransform(parts)
     if isinstance(transform, transforms.ExpTransform) and type(base) is DiagonalNormal:
         return LogNormal(base.latent_dim)
     return transformed(base, transform)
 
 
-def _fixed(name: str, transform: Any, batch: int, fn: Any) -> Any:
+def _changes_nothing(transform: Any) -> bool:
+    if isinstance(transform, transforms.IndependentTransform):
+        return _changes_nothing(transform.base_transform)
+    if isinstance(transform, transforms.AffineTransform):
+        loc, scale = torch.as_tensor(transform.loc), torch.as_tensor(transform.scale)
+        return bool((loc == 0).all() and (scale == 1).all())
+    return isinstance(transform, transforms.ComposeTransform) and all(
+        _changes_nothing(part) for part in transform.parts
+    )
+
+
+def _fixed(name: str, transform: Any, u: Tensor) -> Any:
     """The transform, with one row of what it holds for each row, if these are equal.
+
+    Args:
+        name: The site's name.
+        transform: Any transform.
+        u: What it is applied to, ``(batch, *event)``.
 
     Raises:
         ValueError: If it differs between rows.
     """
-    if isinstance(transform, nn.Module):
-        return transform  # A flow whose parameters all data share.
+    for one in (transform, _of_one_row(transform, len(u))):
+        if _acts_alike_on_all_rows(one, u, transform(u)):
+            return one
+    raise ValueError(
+        f"Site {name!r}: {type(transform).__name__} is a transform that differs between rows, and "
+        f"no fixed one. Put what depends on x into the parameters of the distribution that is "
+        f"transformed, or name a family to measure against: family=..."
+    )
+
+
+def _acts_alike_on_all_rows(transform: Any, u: Tensor, value: Tensor) -> bool:
+    """Whether the rows of ``u``, in another order and number, go to the same values."""
+    try:
+        moved = transform(torch.cat([u.roll(1, dims=0), u[:1]]))
+    except (RuntimeError, ValueError):  # It holds something of another size.
+        return False
+    return torch.allclose(moved[:-1].roll(-1, dims=0), value, rtol=1e-4, atol=1e-5)
+
+
+def _of_one_row(transform: Any, rows: int) -> Any:
+    """The transform with only the first row of each tensor that has one for each row."""
     if isinstance(transform, transforms.ComposeTransform):
-        return transforms.ComposeTransform(
-            [_fixed(name, part, batch, fn) for part in transform.parts]
-        )
+        return transforms.ComposeTransform([_of_one_row(part, rows) for part in transform.parts])
     if isinstance(transform, transforms.IndependentTransform):
-        base = _fixed(name, transform.base_transform, batch, fn)
+        base = _of_one_row(transform.base_transform, rows)
         return transforms.IndependentTransform(base, transform.reinterpreted_batch_ndims)
-    held = {k: v for k, v in vars(transform).items() if isinstance(v, Tensor)}
-    for key, value in held.items():
-        if value.dim() <= len(fn.event_shape):
-            continue
-        first = value.reshape(-1, *value.shape[batch:])[0]
-        if not torch.equal(first.expand_as(value), value):
-            raise ValueError(
-                f"Site {name!r}: {type(transform).__name__} has a {key} that differs between "
-                f"rows, so that it is no fixed transform. Put what depends on x into the "
-                f"parameters of the distribution that is transformed, or name a family to measure "
-                f"against: family=..."
-            )
-        held[key] = first
-    if not held:
+    if isinstance(transform, nn.Module):
         return transform
-    if isinstance(transform, transforms.AffineTransform):
-        loc = held.get("loc", transform.loc)
-        scale = held.get("scale", transform.scale)
-        return transforms.AffineTransform(loc, scale, transform.event_dim)
-    return transform
+    other = copy.copy(transform)
+    for key, value in vars(transform).items():
+        if isinstance(value, Tensor) and value.dim() and len(value) == rows:
+            setattr(other, key, value[0])
+    return other
 
 
 def _read_part(site: GuideSite) -> tuple[Family, Tensor]:
@@ -247,13 +300,4 @@ def _read_part(site: GuideSite) -> tuple[Family, Tensor]:
         base = transformed(base, transforms.ReshapeTransform((count,), shape))
     if isinstance(base, FullRankNormal) and not shape:
         base = transformed(base, transforms.ReshapeTransform((1,), ()))
-    if support_is_real(site.transform):
-        return base, params
     return behind(base, site.transform), params
-
-
-def support_is_real(transform: Any) -> bool:
-    """Whether a map from the reals onto a support does nothing."""
-    if isinstance(transform, transforms.IndependentTransform):
-        return support_is_real(transform.base_transform)
-    return isinstance(transform, transforms.ComposeTransform) and not transform.parts

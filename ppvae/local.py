@@ -9,7 +9,7 @@ steps with an estimated Fisher matrix (`ppvae.fisher`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from ppvae.density import (
     row_chunks,
     weigh,
 )
-from ppvae.families import Family, GaussianFamily
+from ppvae.families import Family, GaussianFamily, same_family
 from ppvae.fisher import LocalElbo, adaptive_ascent
 from ppvae.guides import PerDatapoint, per_datapoint
 from ppvae.isolation import check_rows, seconds_now, unvalidated
@@ -79,7 +79,7 @@ def fit_per_datapoint(
     family: Family | Mapping[str, Family] | None,
     x: Tensor,
     *,
-    init: Program | None = None,
+    init: Program | Sequence[Program] | None = None,
     max_steps: int | None = None,
     num_draws: int = 128,
     num_samples: int = 1000,
@@ -98,7 +98,8 @@ def fit_per_datapoint(
         family: The variational family, or one per latent site by name; `None` takes them from
             ``init``.
         x: Rows, ``(batch, *event)``.
-        init: A guide to start from. Its families must be ``family``, where both are given.
+        init: A guide to start from, or several: each row starts at the best of their outputs.
+            Their families must be ``family``, where both are given.
         max_steps: Most evaluations per row and start: by default 60 for Gaussian families
             and 260 for others.
         num_draws: Draws per row and evaluation; raised where a latent's dimension needs more.
@@ -122,34 +123,34 @@ def fit_per_datapoint(
         >>> bool(((fit.elbo - ExponentialGaussian().log_evidence(x)).abs() < 0.01).all())
         True
     """
-    check_rows(x, model, init)
+    inits = [] if init is None else list(init) if isinstance(init, Sequence) else [init]
+    check_rows(x, model, *inits)
     for name, value, least in (("num_draws", num_draws, 8), ("num_samples", num_samples, 2)):
         check_count(name, value, least)
     if max_steps is not None:
         check_count("max_steps", max_steps)
     began = seconds_now(x.device)
-    if init is None and family is None:
+    if not inits and family is None:
         raise ValueError("Give a family, or init (a guide whose family is taken), or both.")
-    freed = None if init is None else per_datapoint(init, x, model=model)
+    freed = [per_datapoint(guide, x, model=model) for guide in inits]
     with judging(seed, x, model):
         with torch.no_grad():
             sites = read_model(model, x)
         families = _families(family, freed, sites)
-        guide = PerDatapoint(families, len(x), plate=sites.plate).to(x)
         cold = torch.zeros(len(x), sum(f.num_params for f in families.values())).to(x)
-        starts = [cold] if freed is None else [_flat(freed, families), cold]
+        guide = PerDatapoint(families, len(x), plate=sites.plate).to(x)
+        warm = [_flat(guide, families) for guide in freed]
         size = sum(f.size for f in families.values())
         elbo = LocalElbo(model, families, _enough_draws(num_draws, size))
         parts = []
         with unvalidated():  # A row that strays must not stop the others.
             for rows in row_chunks(x, elbo.num_draws):
-                parts.append(
-                    _fit_rows(elbo, x[rows], [s[rows] for s in starts], max_steps, tolerance)
-                )
+                starts = [*_best(elbo, x[rows], [start[rows] for start in warm]), cold[rows]]
+                parts.append(_fit_rows(elbo, x[rows], starts, max_steps, tolerance))
         params, gain, noise, steps, start, restart = (
             torch.cat(column) for column in zip(*parts, strict=True)
         )
-        if freed is None:
+        if not freed:
             start = start + 1  # There was no start at a guide's output.
         _fill(guide, params)
     seconds = seconds_now(x.device) - began
@@ -186,12 +187,11 @@ def _status(converged: Tensor) -> str:
 
 
 def _families(
-    family: Family | Mapping[str, Family] | None, freed: PerDatapoint | None, sites: ModelSites
+    family: Family | Mapping[str, Family] | None, freed: Sequence[PerDatapoint], sites: ModelSites
 ) -> dict[str, Family]:
     """The family of each of the model's latent sites, in the model's order."""
     if family is None:
-        assert freed is not None
-        given = dict(freed.families)
+        given = dict(freed[0].families)
     elif isinstance(family, Family):
         if len(sites.latents) > 1:
             raise ValueError(
@@ -207,12 +207,13 @@ def _families(
         )
     for name, site in sites.latents.items():
         given[name].check_site(site)
-        started = given[name] if freed is None else freed.families[name]
-        if repr(started) != repr(given[name]):
-            raise ValueError(
-                f"Site {name!r}: init is of family {started!r} but family is {given[name]!r}; a "
-                f"start has to be of the family that is fitted. Leave init out for a cold start."
-            )
+        for started in [guide.families[name] for guide in freed]:
+            if not same_family(started, given[name]):
+                raise ValueError(
+                    f"Site {name!r}: init is of family {started!r} but family is {given[name]!r}; "
+                    f"a start has to be of the family that is fitted. Leave init out for a cold "
+                    f"start."
+                )
     return {name: given[name] for name in sites.latents}
 
 
@@ -227,6 +228,17 @@ def _fill(guide: PerDatapoint, params: Tensor) -> None:
         part = params[:, at : at + family.num_params].clone()
         guide.table(name).weight = nn.Parameter(part)
         at += family.num_params
+
+
+def _best(elbo: LocalElbo, x: Tensor, starts: list[Tensor]) -> list[Tensor]:
+    """The best of several starts for each row, if there is any."""
+    if not starts:
+        return []
+    best = starts[0]
+    for other in starts[1:]:
+        better = elbo.gain_over(x, other, best) > 0
+        best = torch.where(better[:, None], other, best)
+    return [best]
 
 
 def _enough_draws(wanted: int, size: int) -> int:
@@ -247,7 +259,7 @@ def _fit_rows(
         narrow = start_at_a_mode(elbo.model, elbo.families, x, starts[0])
         most = max_steps or _GAUSSIAN_STEPS
         ends = [
-            natural_ascent(elbo.model, elbo.families, x, start, elbo.num_draws, most)
+            natural_ascent(elbo.model, elbo.families, x, start, elbo.num_draws, most, tolerance)
             for start in [*starts, narrow]
         ]
     else:

@@ -244,12 +244,14 @@ def natural_ascent(
     start: Tensor,
     num_draws: int,
     max_steps: int,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Climb from ``start`` to each row's optimum.
 
     First a search on fixed draws, where a step is kept only if it improves the row and the trust
     region shrinks where it does not; then steps on fresh draws at a falling rate, which remove
-    the bias of the fixed ones; then a check on further draws of what is left to gain.
+    the bias of the fixed ones; then a check on further draws of what is left to gain. Rows with
+    more to gain than that check's noise go on at a still lower rate; the others leave the batch.
 
     Args:
         model: A Pyro model.
@@ -257,7 +259,8 @@ def natural_ascent(
         x: Rows.
         start: λ of all sites, ``(batch, P)``.
         num_draws: Draws per evaluation.
-        max_steps: Most evaluations per row, the check aside.
+        max_steps: Most evaluations per row, the last check aside.
+        tolerance: A row with less than this to gain, in nats, has arrived.
 
     Returns:
         λ ``(batch, P)``, the gain that a further step promises, what that figure would be at the
@@ -272,31 +275,59 @@ def natural_ascent(
     state = local.evaluate(x, *local.gaussian(start), fixed)
     steps = torch.ones(len(x), dtype=torch.long, device=x.device)
     _search(local, x, state, fixed, steps, max_steps - polish, enough)
+    if deterministic:
+        gain = local.promise(state.gradient, state.curvature)
+        return local.params(state.loc, state.tril), gain, torch.zeros_like(gain), steps
     average = state.curvature.clone()
-    for t in range(1, polish + 1):
-        nodes = local.nodes(num_draws, start)
-        fresh = local.evaluate(x, state.loc, state.tril, nodes)
+    gain, noise = torch.zeros_like(state.value), torch.zeros_like(state.value)
+    moving, taken = torch.arange(len(x), device=x.device), 0
+    while len(moving):
+        here, rows = state.rows(moving), x[moving]
+        here, average[moving] = _polish(
+            local, rows, here, average[moving], num_draws, polish, taken
+        )
+        gain[moving], noise[moving] = _check(local, rows, here, num_draws)
+        state.put(moving, here, torch.arange(len(moving), device=x.device))
+        steps[moving] += polish + _REPLICATES
+        taken += polish
+        # A row whose promise is small, or inside of its noise, has arrived.
+        open_ = gain - noise > noise.clamp(min=0.5 * tolerance)
+        moving = moving[open_[moving] & (steps[moving] + polish <= max_steps)]
+    return local.params(state.loc, state.tril), gain, noise, steps
+
+
+def _polish(
+    local: _Local,
+    x: Tensor,
+    state: _State,
+    average: Tensor,
+    num_draws: int,
+    count: int,
+    taken: int,
+) -> tuple[_State, Tensor]:
+    """Steps on fresh draws at a falling rate, with a running mean of the curvature."""
+    for t in range(taken + 1, taken + count + 1):
+        fresh = local.evaluate(x, state.loc, state.tril, local.nodes(num_draws, x))
         fresh = _usable(fresh, state)
         rate = min(0.8, 2.4 / (t + 1))
         average = average + max(1 / (t + 1), 0.2) * (fresh.curvature - average)
         loc, tril = local.step(fresh, x.new_ones(len(x)), rate, average)
         state = _State(loc, tril, fresh.value, fresh.gradient, fresh.curvature)
-    steps += polish
-    params = local.params(state.loc, state.tril)
-    if deterministic:
-        gain = local.promise(state.gradient, state.curvature)
-        return params, gain, torch.zeros_like(gain), steps
-    checks = []
-    for _ in range(_REPLICATES):
-        nodes = local.nodes(num_draws, start)
-        checks.append(local.evaluate(x, state.loc, state.tril, nodes))
-    steps += _REPLICATES
+    return state, average
+
+
+def _check(local: _Local, x: Tensor, state: _State, num_draws: int) -> tuple[Tensor, Tensor]:
+    """What a further step promises, and what that figure would be at the optimum from noise."""
+    checks = [
+        local.evaluate(x, state.loc, state.tril, local.nodes(num_draws, x))
+        for _ in range(_REPLICATES)
+    ]
     gradients = torch.stack([c.gradient for c in checks])
     curvatures = torch.stack([c.curvature for c in checks])
     gain = local.promise(gradients.mean(dim=0), curvatures.mean(dim=0))
     # At the optimum each replicate promises only its noise, and their mean a fraction of that.
     spread = local.promise(gradients.std(dim=0), _identity(local.size, x) + _wander(curvatures))
-    return params, gain, spread / _REPLICATES, steps
+    return gain, spread / _REPLICATES
 
 
 def start_at_a_mode(

@@ -19,6 +19,7 @@ from ppvae import cli
 from ppvae.comparison import Comparison
 from ppvae.data import NAMES
 from ppvae.models import ExponentialGaussian
+from ppvae.preparing import FAMILIES
 
 SMALL = ["--steps", "30", "--num-data", "8", "--num-samples", "100", "--no-progress"]
 GAPS = {"gap_bars.png", "gap_sorted.png"}
@@ -392,7 +393,7 @@ def test_rows_that_are_no_numbers_are_refused(
 def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", "--help"]) == 0
     said = capsys.readouterr().out
-    for word in [*NAMES, *cli._MODELS, *cli._FAMILIES, "PAIR", "--no-progress", "ledger.nc"]:
+    for word in [*NAMES, *cli._MODELS, *FAMILIES, "PAIR", "--no-progress", "ledger.nc"]:
         assert word in said.replace("\n", " ") or word in " ".join(said.split())
     assert cli.main([]) == 0
     assert "compare" in capsys.readouterr().out

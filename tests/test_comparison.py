@@ -12,7 +12,6 @@ from torch import nn
 
 import ppvae
 from ppvae import pairs
-from ppvae.comparison import _pooled
 from ppvae.families import DiagonalNormal, FullRankNormal, LogNormal
 from ppvae.guides import Amortized
 from ppvae.models import ExponentialGaussian, FactorAnalysis
@@ -24,7 +23,7 @@ GAPS = ("approximation_gap", "amortization_gap")
 def not_below_zero(comparison):
     ds = comparison.dataset
     for gap in GAPS:
-        lowest = (ds[gap] + 4 * ds[f"{gap}_stderr"] + 1e-6).values.min()
+        lowest = (ds[gap] + 4 * ds[f"{gap}_stderr"] + 1e-5).values.min()  # Float32 rounds at 1e-6.
         assert lowest >= 0, (gap, float(lowest))
 
 
@@ -219,22 +218,6 @@ def test_a_guide_that_cannot_be_freed_is_measured_against_a_named_family():
     value, stderr = comparison.mean("amortization_gap")
     assert abs(value - exact) < 4 * stderr
     assert abs(comparison.mean("approximation_gap")[0]) < 1e-5
-
-
-def test_weights_of_several_guides_are_pooled_not_maximised():
-    """The pooled weight is unbiased for p(x): the mean over repetitions of exp(value) is p(x)."""
-    torch.manual_seed(0)
-    spread = torch.tensor([0.8, 1.2])
-    estimates = []
-    for _ in range(3000):
-        common = torch.randn(20, 1)
-        weights = {i: s * common - s**2 / 2 + 0.3 for i, s in enumerate(spread)}  # E[w] = e^0.3
-        estimates.append(_pooled(weights))
-    values = torch.stack([e.value for e in estimates]).exp()
-    error = values.std() / 3000**0.5
-    assert abs(float(values.mean()) - math.exp(0.3)) < 4 * error
-    claimed = torch.stack([e.stderr for e in estimates]).mean()
-    assert abs(float(claimed / torch.stack([e.value for e in estimates]).std()) - 1) < 0.25
 
 
 def test_comparing_changes_nothing_of_the_callers():

@@ -7,8 +7,8 @@ from laws import SCALAR_FAMILIES
 from scipy import stats
 
 from ppvae import families, pairs
-from ppvae.density import LatentSite, support_name
-from ppvae.families import read_member
+from ppvae.density import GuideSite, LatentSite, support_name
+from ppvae.freeing import read_member
 
 ALL = {
     **{name: f() for name, f in SCALAR_FAMILIES.items()},
@@ -67,7 +67,8 @@ def test_shapes_and_leading_dimensions(family):
 @every_family
 def test_parameters_are_read_back_from_a_member(family):
     params = some_params(family)
-    kind, back = read_member("z", family.distribution(params))
+    member = family.distribution(params)
+    kind, back = read_member(GuideSite("z", member, member.sample()))
     assert repr(kind) == repr(family)
     torch.testing.assert_close(back, params)
 
@@ -145,9 +146,19 @@ def test_wrong_sizes_are_refused():
         families.FullRankNormal(None)
 
 
-def test_a_distribution_that_is_no_family_is_refused_by_name():
-    with pytest.raises(ValueError, match="'w'.*Laplace.*family="):
-        read_member("w", dist.Laplace(torch.zeros(3), 1.0))
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        (dist.Uniform(torch.zeros(3), 1.0), "Uniform.*'low' depends on its other parameters"),
+        (dist.Bernoulli(0.5 * torch.ones(3)), "Bernoulli.*no reparameterised draws"),
+        (dist.VonMises(torch.zeros(3), 1.0), "VonMises.*no reparameterised draws"),
+        (dist.Delta(torch.zeros(3)), "point .*Delta"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_distribution_that_is_no_family_is_refused_by_name(member, words):
+    with pytest.raises(ValueError, match=f"'w'.*{words}"):
+        read_member(GuideSite("w", member, torch.zeros(3)))
 
 
 def test_supports_have_names():
