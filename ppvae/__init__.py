@@ -23,8 +23,10 @@ from ppvae import (
 from ppvae.comparison import Comparison, compare
 from ppvae.density import log_joint, log_weights
 from ppvae.evidence import Estimate, elbo, iwae, quadrature
+from ppvae.explanation import Explanation, explain
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
 from ppvae.local import LocalFit, fit_per_datapoint
+from ppvae.refinement import Refinement, refine
 from ppvae.training import Fit, fit
 
 __version__ = version("ppvae")
@@ -33,15 +35,18 @@ __all__ = [
     "Amortized",
     "Comparison",
     "Estimate",
+    "Explanation",
     "Fit",
     "LocalFit",
     "PerDatapoint",
+    "Refinement",
     "compare",
     "data",
     "density",
     "diagnostics",
     "elbo",
     "evidence",
+    "explain",
     "families",
     "fit",
     "fit_per_datapoint",
@@ -56,4 +61,5 @@ __all__ = [
     "per_datapoint",
     "plots",
     "quadrature",
+    "refine",
 ]

@@ -386,12 +386,9 @@ class DistributionFamily(Family):
             raise ValueError(
                 f"{kind.__name__} has no reparameterised draws, which fitting a datum needs."
             )
-        needed = set(_needed_arguments(kind)) - set(_constraints_of(kind))
-        if needed or not argument_names(kind):
-            raise ValueError(
-                f"{kind.__name__} does not say which range its parameters have"
-                f"{': ' + ', '.join(sorted(needed)) if needed else ''}."
-            )
+        unknown = set(_needed_arguments(kind)) - set(_constraints_of(kind))
+        if unknown or not argument_names(kind):
+            raise _without_ranges(kind, sorted(unknown))
         if set(self.shapes) != set(argument_names(kind)):
             raise ValueError(
                 f"{kind.__name__}: expected shapes of {argument_names(kind)}; got "
@@ -403,10 +400,7 @@ class DistributionFamily(Family):
             try:
                 self._maps[name] = _onto(limits[name])
             except NotImplementedError:
-                raise ValueError(
-                    f"{kind.__name__}: the range of {name!r} depends on its other parameters or "
-                    f"is discrete, so that they cannot be freed one by one."
-                ) from None
+                raise _without_ranges(kind, [name]) from None
         self._free = {
             name: tuple(self._maps[name].inverse_shape(shape))
             for name, shape in self.shapes.items()
@@ -547,6 +541,8 @@ class TransformedGaussian(Transformed, GaussianFamily):
         inner, jacobian = self.base.from_normal(u)
         z = self._cached(inner)
         term = self._cached.log_abs_det_jacobian(inner, z)
+        # Some flows leave out the dimensions in which their term is constant.
+        term = term.expand(inner.shape[: inner.dim() - self.transform.domain.event_dim])
         return z, jacobian + term.reshape(*jacobian.shape, -1).sum(-1)
 
 
@@ -660,14 +656,21 @@ def _as_it_is(transform: Any) -> Any:
 
 def argument_names(kind: type) -> list[str]:
     """The arguments of a distribution class that are its parameters, one of each equivalent set."""
-    names = [n for n in inspect.signature(kind.__init__).parameters if n in _constraints_of(kind)]
+    names = [n for n in inspect.signature(kind).parameters if n in _constraints_of(kind)]
     redundant = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_matrix"}}
     dropped = set().union(*(out for name, out in redundant.items() if name in names))
     return [name for name in names if name not in dropped]
 
 
+def _without_ranges(kind: type, names: list[str]) -> ValueError:
+    return ValueError(
+        f"{kind.__name__}: the range of {', '.join(names) or 'its parameters'} is not stated, is "
+        f"discrete or depends on other parameters, so that they cannot be freed one by one."
+    )
+
+
 def _needed_arguments(kind: type) -> list[str]:
-    given = inspect.signature(kind.__init__).parameters.values()
+    given = inspect.signature(kind).parameters.values()
     return [
         p.name
         for p in given

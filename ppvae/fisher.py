@@ -86,12 +86,12 @@ class LocalElbo:
         difference = torch.where(finite[1], difference, torch.inf)
         return torch.where(finite[0], difference, -torch.inf)
 
-    def gain_over(self, x: Tensor, one: Tensor, other: Tensor) -> Tensor:
-        """Nats by which ``one`` beats ``other``, zero where that is below two standard errors."""
+    def gain_over(self, x: Tensor, one: Tensor, other: Tensor, *, sigmas: float = 2.0) -> Tensor:
+        """Nats by which ``one`` beats ``other``, zero where that is below ``sigmas`` errors."""
         draws = 4 * self.num_draws
         difference = self.difference(x, one, other, draws)
         mean = difference.mean(dim=0)
-        clearly = mean > 2 * difference.std(dim=0) / math.sqrt(draws)
+        clearly = mean > sigmas * difference.std(dim=0) / math.sqrt(draws)
         return torch.where(clearly | torch.isposinf(mean), mean, 0.0)
 
     def draws_for(self, params: Tensor) -> int:

@@ -113,7 +113,10 @@ def _read(name: str, fn: Any) -> tuple[Family, Tensor]:
     # By name: other subclasses, such as LogNormal, have parameters of their own.
     if type(inner).__name__ in ("TransformedDistribution", "LogisticNormal"):
         return _read_transformed(name, fn, inner)
-    kind = BUILT_IN.get(type(inner))
+    its_class = type(inner)
+    if its_class.__module__.startswith("torch.distributions."):
+        its_class = getattr(dist, its_class.__name__, its_class)  # Pyro's of the same name.
+    kind = BUILT_IN.get(its_class)
     if kind is not None and len(fn.event_shape) <= 1:
         family: Family = kind(fn.event_shape[0] if fn.event_shape else None)
         return family, family.params_of(fn)
@@ -121,7 +124,7 @@ def _read(name: str, fn: Any) -> tuple[Family, Tensor]:
         # Matrices and the like: the family of the elements in a row, reshaped.
         return _read_array(kind, fn, inner)
     try:
-        names = argument_names(type(inner))
+        names = argument_names(its_class)
         limits = inner.arg_constraints
         batch = len(fn.batch_shape)
         shapes = {}
@@ -129,7 +132,7 @@ def _read(name: str, fn: Any) -> tuple[Family, Tensor]:
             value = getattr(inner, argument)
             own = value.shape[value.dim() - limits[argument].event_dim :]
             shapes[argument] = (*inner.batch_shape, *own)[batch:]
-        family = DistributionFamily(type(inner), shapes)
+        family = DistributionFamily(its_class, shapes)
         params = family.params_of(fn)
         drawn = fn.sample()
         agree = torch.allclose(
@@ -177,17 +180,13 @@ def _read_array(kind: type[Family], fn: Any, inner: Any) -> tuple[Family, Tensor
         argument: getattr(inner, argument).expand(*rows, *shape).reshape(*rows, count)
         for argument in argument_names(type(inner))
     }
-    reshape = transforms.ReshapeTransform((count,), shape)
+    reshape = transforms.ReshapeTransform(torch.Size((count,)), torch.Size(shape))
     return transformed(base, reshape), base.params_of(type(inner)(**elements))
 
 
 def _read_transformed(name: str, fn: Any, inner: Any) -> tuple[Family, Tensor]:
-    base = inner.base_dist
-    if type(base) is torch.distributions.Normal:  # Torch makes LogisticNormal of its own.
-        base = dist.Normal(base.loc, base.scale)
-    extra = len(base.batch_shape) - len(fn.batch_shape)
-    if extra > 0:
-        base = dist.Independent(base, extra)
+    extra = len(inner.base_dist.batch_shape) - len(fn.batch_shape)
+    base = dist.Independent(inner.base_dist, extra) if extra > 0 else inner.base_dist
     family, params = _read(name, base)
     parts, u = [], base.sample()
     for part in inner.transforms:
@@ -233,7 +232,7 @@ def _fixed(name: str, transform: Any, u: Tensor) -> Any:
     Raises:
         ValueError: If it differs between rows.
     """
-    for one in (transform, _of_one_row(transform, len(u))):
+    for one in (_of_one_row(transform, len(u)), transform):
         if _acts_alike_on_all_rows(one, u, transform(u)):
             return one
     raise ValueError(
@@ -275,7 +274,7 @@ def _read_part(site: GuideSite) -> tuple[Family, Tensor]:
     rows, event = tuple(fn.batch_shape), tuple(fn.event_shape)
     count = part.stop - part.start
     whole = count == torch.Size(event).numel()
-    shape = torch.Size(site.transform.inverse_shape(site.value.shape[1:]))
+    shape = torch.Size(site.transform.inverse_shape(site.value.shape))[1:]
     if isinstance(inner, dist.Normal):
         loc, scale = (
             getattr(inner, argument).expand(*rows, *event).reshape(*rows, -1)[..., part]
@@ -297,7 +296,10 @@ def _read_part(site: GuideSite) -> tuple[Family, Tensor]:
             f"measure against: family={{{site.name!r}: DiagonalNormal(...), ...}}."
         )
     if len(shape) > 1:
-        base = transformed(base, transforms.ReshapeTransform((count,), shape))
+        base = transformed(
+            base, transforms.ReshapeTransform(torch.Size((count,)), torch.Size(shape))
+        )
     if isinstance(base, FullRankNormal) and not shape:
-        base = transformed(base, transforms.ReshapeTransform((1,), ()))
-    return behind(base, site.transform), params
+        base = transformed(base, transforms.ReshapeTransform(torch.Size((1,)), torch.Size(())))
+    u = base.distribution(params).sample()
+    return behind(base, _fixed(site.name, site.transform, u)), params

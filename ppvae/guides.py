@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppvae.density import ModelSites, Program, check_pair, judging
 from ppvae.families import Family
-from ppvae.freeing import Reading, read_free
+from ppvae.freeing import Reading, read_families, read_free
 from ppvae.isolation import OwnedModule, check_rows, device_of
 from ppvae.nn import Table
 
@@ -214,13 +214,27 @@ def per_datapoint(guide: Program, x: Tensor, *, model: Program | None = None) ->
     return freed
 
 
-def read_params(guide: Program, x: Tensor, sites: ModelSites | None = None) -> Reading:
+def read_params(
+    guide: Program, x: Tensor, sites: ModelSites | None = None, *, once: bool = False
+) -> Reading:
     """A guide's families and its λ for these rows, differentiable in the guide's parameters.
 
     For code that provides the contexts of `ppvae.density.judging` itself.
+
+    Args:
+        guide: The guide.
+        x: Rows.
+        sites: What is known of the model.
+        once: Whether to leave out the check that λ does not hang on random numbers.
     """
     if isinstance(guide, Amortized):
-        return Reading(guide.plate, guide.families, {guide.site: guide.params(x)})
+        params = guide.params(x)
+        if not once and not torch.equal(params, guide.params(x)):
+            raise ValueError(
+                f"Site {guide.site!r}: the encoder's output for the same rows is another one at "
+                f"each call, in eval mode too. Use layers that heed eval mode."
+            )
+        return Reading(guide.plate, guide.families, {guide.site: params})
     if isinstance(guide, PerDatapoint):
         return Reading(guide.plate, guide.families, guide.params(x))
-    return read_free(guide, x, sites)
+    return read_families(guide, x, sites) if once else read_free(guide, x, sites)

@@ -14,7 +14,7 @@ family, its diagonal precision. On a Gaussian posterior one evaluation is exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,11 +52,11 @@ def whitened_draws(num_draws: int, size: int, like: Tensor) -> Tensor:
     return (white @ rotation).to(like)
 
 
-_Nodes = tuple[Tensor, Tensor]
+Nodes = tuple[Tensor, Tensor]
 """Standard normal nodes ``(S, D)`` and their weights ``(S,)``, which sum to 1."""
 
 
-def _product_rule(size: int, like: Tensor) -> _Nodes:
+def _product_rule(size: int, like: Tensor) -> Nodes:
     """Gauss–Hermite nodes and weights for ``size`` dimensions."""
     node, weight = np.polynomial.hermite_e.hermegauss(_NODES_PER_AXIS)
     near = np.abs(node) < _FARTHEST_NODE
@@ -67,7 +67,7 @@ def _product_rule(size: int, like: Tensor) -> _Nodes:
 
 
 @dataclass
-class _State:
+class GaussianState:
     """Gaussians for some rows, and what one evaluation told about them."""
 
     loc: Tensor
@@ -76,13 +76,20 @@ class _State:
     gradient: Tensor
     curvature: Tensor
 
-    def put(self, where: Tensor, other: _State, chosen: Tensor) -> None:
+    def put(self, where: Tensor, other: GaussianState, chosen: Tensor) -> None:
         """Overwrite the rows ``where`` by the chosen rows of ``other``."""
         for name in ("loc", "tril", "value", "gradient", "curvature"):
             getattr(self, name)[where] = getattr(other, name)[chosen]
 
-    def rows(self, where: Tensor) -> _State:
-        return _State(
+    @classmethod
+    def joined(cls, parts: Sequence[GaussianState]) -> GaussianState:
+        """The rows of several, in order."""
+        names = ("loc", "tril", "value", "gradient", "curvature")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def rows(self, where: Tensor) -> GaussianState:
+        """The rows ``where``."""
+        return GaussianState(
             self.loc[where],
             self.tril[where],
             self.value[where],
@@ -91,7 +98,7 @@ class _State:
         )
 
 
-class _Local:
+class GaussianElbo:
     """The local ELBO of a model over Gaussians of a given structure."""
 
     def __init__(self, model: Program, families: Mapping[str, Family], like: Tensor) -> None:
@@ -113,6 +120,7 @@ class _Local:
         self.diagonal = int(self.structure.sum()) == self.size
 
     def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and Cholesky factor over all sites."""
         locs, trils, at = [], [], 0
         for family in self.families.values():
             loc, tril = family.gaussian(params[:, at : at + family.num_params])
@@ -128,6 +136,7 @@ class _Local:
         return torch.cat(locs, dim=-1), out
 
     def params(self, loc: Tensor, tril: Tensor) -> Tensor:
+        """λ of all sites: the inverse of `gaussian`."""
         parts, at = [], 0
         for family in self.families.values():
             span = slice(at, at + family.size)
@@ -135,7 +144,7 @@ class _Local:
             at += family.size
         return torch.cat(parts, dim=-1)
 
-    def nodes(self, num_draws: int, like: Tensor) -> _Nodes:
+    def nodes(self, num_draws: int, like: Tensor) -> Nodes:
         """Draws for one evaluation, or in one or two dimensions the nodes of a product rule."""
         if self.size <= 2:
             return _product_rule(self.size, like)
@@ -153,7 +162,7 @@ class _Local:
             at += family.size
         return joint(self.model, x, values) + jacobian
 
-    def evaluate(self, x: Tensor, loc: Tensor, tril: Tensor, nodes: _Nodes) -> _State:
+    def evaluate(self, x: Tensor, loc: Tensor, tril: Tensor, nodes: Nodes) -> GaussianState:
         """One evaluation of value, gradient and curvature; all rows share the nodes."""
         noise, weight = nodes
         shift = torch.einsum("nij,sj->sni", tril, noise)
@@ -163,7 +172,7 @@ class _Local:
         scaled = torch.einsum("sni,nij->snj", gradient, tril)
         moment = -torch.einsum("sni,sj->nij", scaled, noise * weight[:, None])
         log_det = torch.log(tril.diagonal(dim1=-2, dim2=-1)).sum(-1)
-        state = _State(
+        state = GaussianState(
             loc,
             tril,
             weight @ log_p.detach() + log_det,
@@ -173,16 +182,22 @@ class _Local:
         return state
 
     def step(
-        self, state: _State, radius: Tensor, rate: float, curvature: Tensor | None = None
+        self,
+        state: GaussianState,
+        radius: Tensor,
+        rate: float | Tensor,
+        curvature: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Move mean and covariance by a natural-gradient step, no further than ``radius``.
 
         Args:
             state: Where to step from.
             radius: ``(rows,)``: most the mean may move, in units of the current Gaussian.
-            rate: Fraction of the full step.
+            rate: Fraction of the full step, one for all rows or ``(rows,)``.
             curvature: What to precondition the mean's step with, the state's own if left out.
         """
+        if isinstance(rate, Tensor):
+            rate = rate[:, None]
         move = rate * _newton(state.curvature if curvature is None else curvature, state.gradient)
         length = move.norm(dim=-1).clamp(min=1e-30)
         move = move * (radius / length).clamp(max=1.0)[:, None]
@@ -266,7 +281,7 @@ def natural_ascent(
         λ ``(batch, P)``, the gain that a further step promises, what that figure would be at the
         optimum from noise alone, and the evaluations spent, each ``(batch,)``.
     """
-    local = _Local(model, families, start)
+    local = GaussianElbo(model, families, start)
     fixed = local.nodes(num_draws, start)
     # The nodes of a rule are the same every time: there is no bias for fresh ones to remove.
     deterministic = local.size <= 2
@@ -297,14 +312,14 @@ def natural_ascent(
 
 
 def _polish(
-    local: _Local,
+    local: GaussianElbo,
     x: Tensor,
-    state: _State,
+    state: GaussianState,
     average: Tensor,
     num_draws: int,
     count: int,
     taken: int,
-) -> tuple[_State, Tensor]:
+) -> tuple[GaussianState, Tensor]:
     """Steps on fresh draws at a falling rate, with a running mean of the curvature."""
     for t in range(taken + 1, taken + count + 1):
         fresh = local.evaluate(x, state.loc, state.tril, local.nodes(num_draws, x))
@@ -312,11 +327,13 @@ def _polish(
         rate = min(0.8, 2.4 / (t + 1))
         average = average + max(1 / (t + 1), 0.2) * (fresh.curvature - average)
         loc, tril = local.step(fresh, x.new_ones(len(x)), rate, average)
-        state = _State(loc, tril, fresh.value, fresh.gradient, fresh.curvature)
+        state = GaussianState(loc, tril, fresh.value, fresh.gradient, fresh.curvature)
     return state, average
 
 
-def _check(local: _Local, x: Tensor, state: _State, num_draws: int) -> tuple[Tensor, Tensor]:
+def _check(
+    local: GaussianElbo, x: Tensor, state: GaussianState, num_draws: int
+) -> tuple[Tensor, Tensor]:
     """What a further step promises, and what that figure would be at the optimum from noise."""
     checks = [
         local.evaluate(x, state.loc, state.tril, local.nodes(num_draws, x))
@@ -337,7 +354,7 @@ def start_at_a_mode(
 
     The neutral start lies between the modes of a symmetric posterior, where it can stay.
     """
-    local = _Local(model, families, like)
+    local = GaussianElbo(model, families, like)
     u = torch.randn(draws, 1, local.size).to(like).expand(draws, len(x), -1)
     with torch.no_grad():
         log_p = torch.nan_to_num(local.log_density(x, u), nan=-torch.inf)
@@ -355,7 +372,7 @@ def _wander(curvatures: Tensor) -> Tensor:
     return torch.diag_embed(curvatures.std(dim=0).diagonal(dim1=-2, dim2=-1))
 
 
-def _usable(fresh: _State, last: _State) -> _State:
+def _usable(fresh: GaussianState, last: GaussianState) -> GaussianState:
     """Rows whose evaluation is no number keep what was known of them before."""
     bad = ~torch.isfinite(fresh.gradient.sum(-1) + fresh.curvature.sum((-1, -2)))
     if bool(bad.any()):
@@ -366,10 +383,10 @@ def _usable(fresh: _State, last: _State) -> _State:
 
 
 def _search(
-    local: _Local,
+    local: GaussianElbo,
     x: Tensor,
-    state: _State,
-    fixed: _Nodes,
+    state: GaussianState,
+    fixed: Nodes,
     steps: Tensor,
     most: int,
     enough: float,

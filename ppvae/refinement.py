@@ -1,0 +1,414 @@
+r"""Repairing the rows that need it: encode all, predict each row's gap, refine the worst first.
+
+One evaluation at the guide's output predicts what a row has to gain, the Newton decrement of its
+local ELBO with the curvature that the same draws give (`ppvae.natural`), or
+:math:`\frac12 g^\top F^{-1} g` for families without a Gaussian (`ppvae.fisher`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ppvae.density import Program, check_count, judging, read_model, row_chunks
+from ppvae.families import GaussianFamily
+from ppvae.fisher import LocalElbo
+from ppvae.guides import PerDatapoint, per_datapoint
+from ppvae.isolation import check_rows, seconds_now, unvalidated
+from ppvae.natural import GaussianElbo, GaussianState, Nodes
+
+_LEAST_DRAWS = 32
+_POLISH_DRAWS = 128
+_FISHER_DRAWS = 64
+_SMALLEST_RADIUS = 1e-3
+# Of the rows that are open, those that promise at least this part of the most go first.
+_WORST_FIRST = 0.25
+_MEASURE_DRAWS = 100
+
+ACCEPTED, REFINED, GIVEN_UP = "accepted", "refined", "given up"
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A guide whose worst rows were mended, and what was done to each row.
+
+    Attributes:
+        guide: A guide for these rows.
+        outcome: For each row ``"accepted"`` (the guide's output was left as it is), ``"refined"``
+            or ``"given up"``.
+        reason: For each row, why, in words.
+        predicted_gap: ``(batch,)``: what one evaluation at the guide's output predicted, in nats.
+        remaining: ``(batch,)``: the same figure at the end.
+        gain: ``(batch,)``: nats by which the ELBO rose, measured on draws of its own, common to
+            before and after; zero in rows that were left as they are.
+        gain_stderr: ``(batch,)``: its standard error.
+        evaluations: ``(batch,)``: draws at which the gradient of log p(x, z) was evaluated.
+        seconds: Wall time, the measurement of ``gain`` included.
+    """
+
+    guide: PerDatapoint
+    outcome: tuple[str, ...]
+    reason: tuple[str, ...]
+    predicted_gap: Tensor
+    remaining: Tensor
+    gain: Tensor
+    gain_stderr: Tensor
+    evaluations: Tensor
+    seconds: float
+
+    def count(self, outcome: str) -> int:
+        """Number of rows with this outcome."""
+        return self.outcome.count(outcome)
+
+    def __repr__(self) -> str:
+        rows = len(self.outcome)
+        error = float(self.gain_stderr.double().square().sum().sqrt()) / rows
+        lines = [
+            f"Refinement of {rows} rows: {self.count(ACCEPTED)} accepted as they are, "
+            f"{self.count(REFINED)} refined, {self.count(GIVEN_UP)} given up.",
+            f"Recovered {float(self.gain.mean()):.4f} ± {error:.4f} nats a datum with "
+            f"{float(self.evaluations.double().mean()):.0f} gradient evaluations a datum, "
+            f"{self.seconds:.1f} s.",
+        ]
+        given_up = [
+            why for why, what in zip(self.reason, self.outcome, strict=True) if what == GIVEN_UP
+        ]
+        for why in sorted(set(given_up)):
+            lines.append(f"Given up in {given_up.count(why)} rows: {why}.")
+        return "\n".join(lines)
+
+
+def refine(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    *,
+    budget: float | None = None,
+    tolerance: float = 0.01,
+    max_steps: int = 30,
+    seed: int = 0,
+) -> Refinement:
+    r"""Mend the rows of an amortized guide that need it, the worst first.
+
+    All rows are encoded, and one evaluation of the gradient at the guide's output predicts each
+    row's amortization gap. Rows that promise less than ``tolerance`` are accepted as they are. The
+    others take natural-gradient steps inside of a trust region, those that promise most first,
+    until every row promises less than the tolerance or the budget is spent.
+
+    Args:
+        model: A Pyro model with one local plate over the rows, called as ``model(x)``.
+        guide: A Pyro guide that can be freed; see `ppvae.per_datapoint`.
+        x: Rows, ``(batch, *event)``.
+        budget: Gradient evaluations of log p(x, z) to spend, on average for a row (a row and a
+            draw is one); without end if left out. The prediction takes some of them: 32 for a
+            Gaussian family of up to 16 dimensions.
+        tolerance: Nats that a row may promise and still be left as it is.
+        max_steps: Most steps for a row.
+        seed: Seed of all draws; the caller's generators are left as they were.
+
+    Returns:
+        The guide for these rows, which rows were accepted, refined or given up, and why.
+
+    Raises:
+        ValueError: If the rows, the model or the guide are unfit, the guide cannot be freed (the
+            site is named), or the budget does not pay for the prediction.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import pairs
+        >>> model, guide = pairs.factor_analysis()
+        >>> refine(model, guide, torch.randn(8, 6)).count("refined")
+        8
+    """
+    check_rows(x, model, guide)
+    check_count("max_steps", max_steps)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, in nats; got {tolerance}.")
+    began = seconds_now(x.device)
+    freed = per_datapoint(guide, x, model=model)
+    with judging(seed, x, model), unvalidated():
+        with torch.no_grad():
+            sites = read_model(model, x)
+            families = {name: freed.families[name] for name in sites.latents}
+            start = torch.cat([freed.table(name).weight.detach() for name in families], dim=-1)
+        climb: _Climb
+        if all(isinstance(f, GaussianFamily) for f in families.values()):
+            climb = _GaussianClimb(GaussianElbo(model, families, start), x, start, tolerance)
+        else:
+            climb = _FisherClimb(LocalElbo(model, families, _FISHER_DRAWS), x, start)
+        least = climb.first_cost
+        if budget is not None and budget < least:
+            raise ValueError(
+                f"budget: predicting the gaps takes {least} gradient evaluations a row; got "
+                f"{budget}. Give more, or leave the budget out."
+            )
+        run = _Run(climb, len(x), budget, tolerance, max_steps)
+        run.go()
+        params = climb.params
+        moved = torch.nonzero((params != start).any(dim=-1)).flatten()
+        gain, stderr = torch.zeros_like(climb.promise), torch.zeros_like(climb.promise)
+        elbo = LocalElbo(model, families, _MEASURE_DRAWS)
+        for part in _parts(moved, x, _MEASURE_DRAWS):
+            difference = elbo.difference(x[part], params[part], start[part], _MEASURE_DRAWS)
+            gain[part] = difference.mean(dim=0)
+            stderr[part] = difference.std(dim=0) / math.sqrt(_MEASURE_DRAWS)
+        # Steps on few draws may harm a row that had little to gain.
+        worse = gain < -2 * stderr
+        params = torch.where(worse[:, None], start, params)
+        gain, stderr = gain.masked_fill(worse, 0.0), stderr.masked_fill(worse, 0.0)
+    outcome, reason = run.outcomes(worse)
+    out = PerDatapoint(families, len(x), plate=freed.plate).to(x)
+    at = 0
+    for name, family in families.items():
+        part = params[:, at : at + family.num_params].clone()
+        out.table(name).weight = nn.Parameter(part)
+        at += family.num_params
+    return Refinement(
+        guide=out,
+        outcome=outcome,
+        reason=reason,
+        predicted_gap=run.predicted,
+        remaining=torch.where(worse, run.predicted, climb.promise),
+        gain=gain,
+        gain_stderr=stderr,
+        evaluations=climb.spent,
+        seconds=seconds_now(x.device) - began,
+    )
+
+
+def _parts(rows: Tensor, x: Tensor, draws: int) -> Iterator[Tensor]:
+    """Rows in portions that fit into memory with so many draws each."""
+    if len(rows):
+        for span in row_chunks(x[:1].expand(len(rows), *x.shape[1:]), draws):
+            yield rows[span]
+
+
+class _Climb(Protocol):
+    """Some rows' way up: where they are and what they still promise."""
+
+    promise: Tensor
+    spent: Tensor
+    first_cost: int
+
+    @property
+    def params(self) -> Tensor:
+        """λ of all rows."""
+
+    @property
+    def stuck(self) -> Tensor:
+        """Rows whose trust region has collapsed."""
+
+    def cost(self, rows: Tensor) -> Tensor:
+        """Gradient evaluations that the next step of each row takes."""
+
+    def advance(self, rows: Tensor) -> None:
+        """One step of these rows."""
+
+    def settled(self) -> Tensor:
+        """Rows whose promise needs no further look."""
+
+
+class _GaussianClimb:
+    """Trust-region steps on a few fixed draws, then steps on more and fresh ones."""
+
+    def __init__(self, elbo: GaussianElbo, x: Tensor, start: Tensor, tolerance: float) -> None:
+        self.elbo, self.x, self.tolerance = elbo, x, tolerance
+        few = 2 ** math.ceil(math.log2(max(_LEAST_DRAWS, 2 * elbo.size)))
+        self.fixed: Nodes = elbo.nodes(few, start)
+        self.more = max(_POLISH_DRAWS, few)
+        # A product rule has the same nodes every time: fresh ones would say nothing new.
+        self.deterministic = elbo.size <= 2
+        self.first_cost = len(self.fixed[1])
+        self.radius = x.new_full((len(x),), float(elbo.size) ** 0.5)
+        self.polished = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self.spent = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        loc, tril = elbo.gaussian(start)
+        everything = torch.arange(len(x), device=x.device)
+        parts = [
+            elbo.evaluate(x[part], loc[part], tril[part], self.fixed)
+            for part in _parts(everything, x, self.first_cost)
+        ]
+        self.state = GaussianState.joined(parts)
+        self.spent += self.first_cost
+        promise = elbo.promise(self.state.gradient, self.state.curvature)
+        finite = torch.isfinite(self.state.value) & torch.isfinite(promise)
+        self.promise = torch.where(finite, promise, torch.inf)
+        self.began = self.promise
+
+    @property
+    def params(self) -> Tensor:
+        return self.elbo.params(self.state.loc, self.state.tril)
+
+    @property
+    def stuck(self) -> Tensor:
+        return self.radius <= _SMALLEST_RADIUS
+
+    def settled(self) -> Tensor:
+        untouched = self.began <= self.tolerance
+        return untouched | (self.polished > 0) | self.deterministic
+
+    def _searching(self, rows: Tensor) -> Tensor:
+        return (self.polished[rows] == 0) & (self.promise[rows] > self.tolerance)
+
+    def cost(self, rows: Tensor) -> Tensor:
+        return torch.where(self._searching(rows) | self.deterministic, self.first_cost, self.more)
+
+    def advance(self, rows: Tensor) -> None:
+        searching = self._searching(rows) | self.deterministic
+        for part in _parts(rows[searching], self.x, self.first_cost):
+            self._search(part)
+        for part in _parts(rows[~searching], self.x, self.more):
+            self._polish(part)
+
+    def _search(self, rows: Tensor) -> None:
+        here = self.state.rows(rows)
+        loc, tril = self.elbo.step(here, self.radius[rows], 1.0)
+        there = self.elbo.evaluate(self.x[rows], loc, tril, self.fixed)
+        self.spent[rows] += self.first_cost
+        promise = self.elbo.promise(there.gradient, there.curvature)
+        finite = torch.isfinite(there.value) & torch.isfinite(promise)
+        better = finite & ((there.value > here.value) | ~torch.isfinite(here.value))
+        chosen = torch.nonzero(better).flatten()
+        self.state.put(rows[chosen], there, chosen)
+        self.promise[rows[chosen]] = promise[chosen]
+        self.radius[rows] = torch.where(better, 2 * self.radius[rows], 0.25 * self.radius[rows])
+
+    def _polish(self, rows: Tensor) -> None:
+        here = self.state.rows(rows)
+        nodes = self.elbo.nodes(self.more, self.x)
+        fresh = self.elbo.evaluate(self.x[rows], here.loc, here.tril, nodes)
+        self.spent[rows] += self.more
+        self.polished[rows] += 1
+        promise = self.elbo.promise(fresh.gradient, fresh.curvature)
+        finite = torch.isfinite(promise)
+        self.promise[rows] = torch.where(finite, promise, self.promise[rows])
+        self.radius[rows] = torch.where(finite, self.radius[rows], 0.0)
+        rate = (2.4 / (self.polished[rows] + 2)).clamp(max=0.8)
+        moving = torch.nonzero(finite & (promise > self.tolerance)).flatten()
+        if len(moving):
+            part = fresh.rows(moving)
+            radius = torch.ones_like(rate[moving])
+            loc, tril = self.elbo.step(part, radius, rate[moving])
+            self.state.put(
+                rows[moving],
+                GaussianState(loc, tril, part.value, part.gradient, part.curvature),
+                torch.arange(len(moving), device=self.x.device),
+            )
+
+
+class _FisherClimb:
+    """Natural-gradient steps with an estimated Fisher matrix, kept only where they gain."""
+
+    def __init__(self, elbo: LocalElbo, x: Tensor, start: Tensor) -> None:
+        self.elbo, self.x = elbo, x
+        self.reached = start.clone()
+        self.first_cost = elbo.draws_for(start)
+        self.reach = x.new_ones(len(x))
+        self.spent = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self.promise = x.new_zeros(len(x))
+        self.proposal = start.clone()
+        self._look(torch.arange(len(x), device=x.device))
+
+    @property
+    def params(self) -> Tensor:
+        return self.reached
+
+    @property
+    def stuck(self) -> Tensor:
+        return self.reach <= _SMALLEST_RADIUS
+
+    def settled(self) -> Tensor:
+        return torch.ones_like(self.stuck)
+
+    def cost(self, rows: Tensor) -> Tensor:
+        return torch.full((len(rows),), self.first_cost, device=self.x.device)
+
+    def _look(self, rows: Tensor) -> None:
+        for part in _parts(rows, self.x, self.first_cost):
+            rate = 0.8 * self.reach[part]
+            proposal, promise = self.elbo.step(self.x[part], self.reached[part], rate)
+            self.proposal[part] = proposal
+            self.promise[part] = torch.nan_to_num(promise, nan=torch.inf)
+            self.spent[part] += self.first_cost
+
+    def advance(self, rows: Tensor) -> None:
+        for part in _parts(rows, self.x, 2 * self.elbo.num_draws):
+            difference = self.elbo.difference(
+                self.x[part], self.proposal[part], self.reached[part], self.elbo.num_draws
+            )
+            kept = difference.mean(dim=0) > 0
+            self.reached[part] = torch.where(kept[:, None], self.proposal[part], self.reached[part])
+            wider = torch.where(kept, 2 * self.reach[part], 0.25 * self.reach[part])
+            self.reach[part] = wider.clamp(max=1.0)
+        self._look(rows)
+
+
+class _Run:
+    """Which rows go next, and why a row stopped."""
+
+    def __init__(
+        self, climb: _Climb, rows: int, budget: float | None, tolerance: float, max_steps: int
+    ) -> None:
+        self.climb, self.tolerance, self.max_steps = climb, tolerance, max_steps
+        self.most = math.inf if budget is None else budget * rows
+        self.predicted = climb.promise.clone()
+        self.steps = torch.zeros(rows, dtype=torch.long, device=climb.promise.device)
+
+    def _open(self) -> Tensor:
+        """Rows that have something to gain, or to be sure of, and may go on."""
+        climb = self.climb
+        wanting = (climb.promise > self.tolerance) | ~climb.settled()
+        return wanting & ~climb.stuck & (self.steps < self.max_steps)
+
+    def go(self) -> None:
+        while True:
+            rows = torch.nonzero(self._open()).flatten()
+            if len(rows) == 0:
+                return
+            if math.isfinite(self.most):
+                rows = self._affordable(rows)
+                if len(rows) == 0:
+                    return
+            self.steps[rows] += 1
+            self.climb.advance(rows)
+
+    def _affordable(self, rows: Tensor) -> Tensor:
+        """The worst of the rows, as far as the budget goes."""
+        promise = self.climb.promise[rows]
+        order = promise.argsort(descending=True)
+        rows, promise = rows[order], promise[order]
+        rows = rows[promise >= _WORST_FIRST * promise[0].clamp(max=1e30)]
+        left = self.most - float(self.climb.spent.sum())
+        return rows[self.climb.cost(rows).cumsum(0) <= left]
+
+    def outcomes(self, worse: Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Outcome and reason of each row."""
+        outcome, reason = [], []
+        climb = self.climb
+        for row in range(len(worse)):
+            predicted, promise = float(self.predicted[row]), float(climb.promise[row])
+            if bool(worse[row]):
+                outcome.append(GIVEN_UP)
+                reason.append("the steps did not raise the ELBO, so the guide's output was kept")
+            elif predicted <= self.tolerance:
+                outcome.append(ACCEPTED)
+                reason.append(f"promised {predicted:.2g} nats, below the tolerance")
+            elif promise <= self.tolerance:
+                outcome.append(REFINED)
+                reason.append(f"promised {predicted:.2g} nats, now {promise:.2g}")
+            else:
+                outcome.append(GIVEN_UP)
+                if not math.isfinite(promise):
+                    reason.append("no finite density around the guide's output")
+                elif bool(climb.stuck[row]):
+                    reason.append("no step raised the ELBO")
+                elif int(self.steps[row]) >= self.max_steps:
+                    reason.append("the step limit was reached")
+                else:
+                    reason.append("the budget was spent on rows that promised more")
+        return tuple(outcome), tuple(reason)
