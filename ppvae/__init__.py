@@ -27,6 +27,7 @@ from ppvae.explanation import Explanation, explain
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
 from ppvae.local import LocalFit, fit_per_datapoint
 from ppvae.refinement import Refinement, refine
+from ppvae.repairs import RepairCosts, repair_costs
 from ppvae.training import Fit, fit
 
 __version__ = version("ppvae")
@@ -40,6 +41,7 @@ __all__ = [
     "LocalFit",
     "PerDatapoint",
     "Refinement",
+    "RepairCosts",
     "compare",
     "data",
     "density",
@@ -62,4 +64,5 @@ __all__ = [
     "plots",
     "quadrature",
     "refine",
+    "repair_costs",
 ]

@@ -124,6 +124,19 @@ class Comparison:
             if name not in known:
                 raise ValueError(f"guide: expected one of {known}; got {name!r}.")
 
+    def guide_name(self, guide: str | None) -> str:
+        """The name of a given guide; of the only one if left out.
+
+        Raises:
+            ValueError: If the name is unknown, or left out where there are several.
+        """
+        names = list(self.guides)
+        if guide is None and len(names) == 1:
+            return names[0]
+        if guide not in names:
+            raise ValueError(f"guide: expected one of {names}; got {guide!r}.")
+        return guide
+
     def worst(self, count: int = _WORST) -> Tensor:
         """The numbers of the rows with the largest inference gap, the largest first.
 

@@ -169,7 +169,7 @@ def explain(
         'training'
     """
     began = seconds_now(comparison.x.device)
-    name = _name(comparison, guide)
+    name = comparison.guide_name(guide)
     program = comparison.guides[name]
     check_count("steps", steps)
     check_count("batch_size", batch_size)
@@ -214,15 +214,6 @@ def explain(
         status=_status(longer, wider, all(bool(best.converged.all()) for best in fits)),
         seconds=seconds_now(comparison.x.device) - began,
     )
-
-
-def _name(comparison: Comparison, guide: str | None) -> str:
-    names = list(comparison.guides)
-    if guide is None and len(names) == 1:
-        return names[0]
-    if guide not in names:
-        raise ValueError(f"guide: expected one of {names}; got {guide!r}.")
-    return guide
 
 
 def check_same_kind(x: Tensor, x_train: Tensor, *programs: Any) -> None:

@@ -1,0 +1,416 @@
+r"""What it costs to mend a gap: nats recovered a datum against seconds, for each kind of repair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ppvae.comparison import Comparison, seconds_to_encode
+from ppvae.density import Program, check_count, judging, weigh
+from ppvae.explanation import EncoderTraining, TrainingRows, check_same_kind
+from ppvae.families import DiagonalNormal, Family, FullRankNormal
+from ppvae.guides import per_datapoint
+from ppvae.isolation import seconds_now
+from ppvae.local import LocalFit, fit_per_datapoint
+from ppvae.refinement import refine
+from ppvae.training import Fit
+
+if TYPE_CHECKING:
+    import xarray
+
+_STEPS = (1, 2, 4, 8, 16)
+_RESAMPLED = (10, 100, 1000)
+# A full covariance beyond this many dimensions is no cheap repair.
+_LARGEST_FULL_RANK = 64
+_REFINE_TOLERANCE = 1e-3
+_REPEATS = 3
+_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class RepairCosts:
+    """The price list of repairs.
+
+    Attributes:
+        dataset: An `xarray.Dataset` over ``repair``: ``gain`` and ``gain_stderr``, nats a datum
+            by which the ELBO rises (for importance resampling a lower bound of that), with Monte
+            Carlo errors for these data; ``seconds_fixed``, once, whatever the number of data, and
+            ``seconds_per_row``; ``kind``. Its attributes have the comparison's gaps, the seconds
+            of training and encoding and the ``break_even``: the number of data from which on
+            amortization, training included, is cheaper than a cold fit of each datum; NaN where
+            the training's record was not given.
+    """
+
+    dataset: xarray.Dataset
+
+    def seconds(self, num_data: int) -> dict[str, float]:
+        """Seconds of each repair for so many data."""
+        ds = self.dataset
+        total = ds["seconds_fixed"] + num_data * ds["seconds_per_row"]
+        return dict(zip(ds["repair"].values.tolist(), total.values.tolist(), strict=True))
+
+    def cheapest(self, share: float, num_data: int) -> str | None:
+        """The cheapest repair that brings back a share of the amortization gap, if one does.
+
+        Resampling is left out: it gives better draws, at its price for each of them, and no
+        better q.
+
+        Args:
+            share: Between 0 and 1.
+            num_data: For how many data.
+        """
+        ds = self.dataset
+        wanted = share * ds.attrs["amortization_gap"]
+        price = self.seconds(num_data)
+        able = [
+            r
+            for r in price
+            if float(ds["gain"].sel(repair=r)) >= wanted
+            and ds["kind"].sel(repair=r).item() != "resampling"
+        ]
+        return min(able, key=price.__getitem__) if able else None
+
+    def __str__(self) -> str:
+        ds, attrs = self.dataset, self.dataset.attrs
+        rows = [("repair", "nats a datum", "of the gap", "s once", "ms a datum")]
+        for name in ds["repair"].values.tolist():
+            one = ds.sel(repair=name)
+            gain, error = float(one["gain"]), float(one["gain_stderr"])
+            share = gain / attrs["inference_gap"] if attrs["inference_gap"] > 0 else math.nan
+            rows.append(
+                (
+                    name,
+                    f"{gain:8.4f} ± {error:.4f}",
+                    f"{share:.0%}" if math.isfinite(share) else "–",
+                    f"{float(one['seconds_fixed']):.3g}",
+                    f"{1000 * float(one['seconds_per_row']):.3g}",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = [
+            "  "
+            + row[0].ljust(widths[0])
+            + "  "
+            + "  ".join(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
+            for row in rows
+        ]
+        return "\n".join(
+            [
+                f"What each repair brings back of {attrs['inference_gap']:.4f} nats a datum "
+                f"(amortization {attrs['amortization_gap']:.4f}):",
+                "",
+                *table,
+                "",
+                *self.sentences(),
+            ]
+        )
+
+    def sentences(self) -> list[str]:
+        """Which repair pays, and from how many data on amortization does."""
+        attrs, said = self.dataset.attrs, []
+        for num_data in (1_000, 1_000_000):
+            best = self.cheapest(0.9, num_data)
+            if best is not None:
+                said.append(
+                    f"For {num_data:,} data the cheapest that brings back nine tenths of the "
+                    f"amortization gap: {best}, {_duration(self.seconds(num_data)[best])}."
+                )
+        even = attrs["break_even"]
+        if math.isfinite(even):
+            said.append(
+                f"Training and encoding cost less than a cold fit of each datum from "
+                f"{max(even, 0):,.0f} data on, had the model come for nothing."
+            )
+        return said
+
+    __repr__ = __str__
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def repair_costs(
+    comparison: Comparison,
+    x_train: Tensor | None = None,
+    *,
+    fit: Fit | None = None,
+    guide: str | None = None,
+    families: Sequence[Family] | None = None,
+    steps: int = 2000,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> RepairCosts:
+    r"""Measure what each repair of a guide brings and what it costs, on the compared rows.
+
+    - *k steps* of refinement from the guide's output (`ppvae.refine` on all rows),
+    - *q\** from the guide's output, and *q\* cold*, from λ = 0, both to convergence,
+    - *encoder training*: ``steps`` further steps, and a quarter of them, on ``x_train``, the model
+      frozen; it pays once for all data,
+    - *q\* in a richer family*,
+    - *importance resampling*: one of K draws of the guide, chosen by its weight, has an ELBO of at
+      least :math:`L_K`, the K-draw importance-weighted bound (Cremer, Morris & Duvenaud 2017,
+      "Reinterpreting importance-weighted autoencoders"); what is shown is :math:`L_K - L_1`.
+
+    Seconds are split into those spent once and those per row by a second run on a quarter of the
+    rows. They are of this machine, this batch size and this moment: compare them with each other.
+
+    Args:
+        comparison: The comparison of the guide.
+        x_train: Rows to train the encoder on; without them that repair is left out.
+        fit: The record of the guide's training, for the break-even.
+        guide: Which guide, where the comparison has several.
+        families: Richer families; `FullRankNormal` for a guide of `DiagonalNormal` if left out.
+        steps: Steps of the longer encoder training.
+        lr: Its learning rate.
+        seed: Seed of all draws; the caller's generators are left as they were.
+
+    Returns:
+        The table; print it.
+
+    Raises:
+        ValueError: If the training rows are of another shape or kind than the compared ones, or
+            the guide's name is unknown.
+
+    Example:
+        >>> from ppvae import compare, pairs
+        >>> model, guide = pairs.factor_analysis()
+        >>> costs = repair_costs(compare(model, guide, model(size=40).detach()))
+        >>> float(costs.dataset["gain"].sel(repair="q* from the guide")) > 0
+        True
+    """
+    check_count("steps", steps, least=4)
+    name = comparison.guide_name(guide)
+    bench = _Bench(comparison, name, seed)
+    rows = list(bench.refinements())
+    rows += bench.fits()
+    if families is None:
+        families = bench.richer()
+    rows += [bench.family(each) for each in families]
+    if x_train is not None:
+        rows += bench.trainings(x_train, steps, lr)
+    rows += bench.resamplings()
+    return RepairCosts(_dataset(bench, rows, fit))
+
+
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    kind: str
+    gain: float
+    stderr: float
+    fixed: float
+    per_row: float
+
+
+class _Bench:
+    """Repairs of one guide, timed on all rows and on a quarter of them."""
+
+    def __init__(self, comparison: Comparison, name: str, seed: int) -> None:
+        self.model, self.guide = comparison.model, comparison.guides[name]
+        self.x, self.seed = comparison.x, seed
+        self.name, self.comparison = name, comparison
+        self.few = self.x[: max(1, len(self.x) // 4)]
+        self.before = self._weights(self.guide)
+        self.encode = _two_part(
+            lambda x: _median(lambda: seconds_to_encode(self.guide, x)), self.x, self.few
+        )
+
+    def _weights(self, guide: Program) -> Tensor:
+        with judging(self.seed + 1, self.x, self.model, guide), torch.no_grad():
+            return weigh(self.model, guide, self.x, _DRAWS)[0].double()
+
+    def _row(self, name: str, kind: str, guide: Program, fixed: float, per_row: float) -> _Row:
+        difference = self._weights(guide) - self.before
+        return _Row(name, kind, *_mean(difference), fixed, per_row)
+
+    def refinements(self) -> Iterator[_Row]:
+        for count in _STEPS:
+
+            def run(x: Tensor, count: int = count) -> float:
+                return _median(
+                    lambda: (
+                        refine(
+                            self.model,
+                            self.guide,
+                            x,
+                            tolerance=_REFINE_TOLERANCE,
+                            max_steps=count,
+                            seed=self.seed,
+                        ).seconds
+                    )
+                )
+
+            done = refine(
+                self.model,
+                self.guide,
+                self.x,
+                tolerance=_REFINE_TOLERANCE,
+                max_steps=count,
+                seed=self.seed,
+            )
+            label = f"{count} refinement step{'s' * (count > 1)}"
+            yield self._row(label, "refinement", done.guide, *_two_part(run, self.x, self.few))
+
+    def fits(self) -> list[_Row]:
+        return [
+            self._fit("q* from the guide", "per datapoint", None, self.guide),
+            self._fit("q* cold", "per datapoint", self._families(), None),
+        ]
+
+    def family(self, family: Family) -> _Row:
+        return self._fit(f"q* {family!r}", "family", family, None)
+
+    def _fit(
+        self,
+        name: str,
+        kind: str,
+        family: Family | Mapping[str, Family] | None,
+        init: Program | None,
+    ) -> _Row:
+        def run(x: Tensor) -> LocalFit:
+            return fit_per_datapoint(
+                self.model,
+                family,
+                x,
+                init=init,
+                num_samples=2,
+                seed=self.seed,
+            )
+
+        whole = run(self.x)
+        timed = _two_part(lambda x: run(x).seconds, self.x, self.few, whole.seconds)
+        return self._row(name, kind, whole.guide, *timed)
+
+    def _families(self) -> dict[str, Family]:
+        return dict(per_datapoint(self.guide, self.x, model=self.model).families)
+
+    def richer(self) -> list[Family]:
+        """The full covariance where the guide has a diagonal one."""
+        families = list(self._families().values())
+        only = families[0]
+        small = only.latent_dim is not None and 1 < only.latent_dim <= _LARGEST_FULL_RANK
+        if len(families) == 1 and isinstance(only, DiagonalNormal) and small:
+            assert only.latent_dim is not None
+            return [FullRankNormal(only.latent_dim)]
+        return []
+
+    def trainings(self, x_train: Tensor, steps: int, lr: float) -> list[_Row]:
+        check_same_kind(self.x, x_train, self.model, self.guide)
+        setting = EncoderTraining.of(self.model, self.guide, x_train, self.seed)
+        held = max(1, len(x_train) // 10)
+        order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(self.seed)).to(
+            x_train.device
+        )
+        rows = TrainingRows(x_train[order[held:]], x_train[order[:held]], x_train[:0], x_train[:0])
+        out = []
+        for count in (steps // 4, steps):
+            with setting.restored():
+                began = seconds_now(self.x.device)
+                setting.train(setting.encode, rows, count, 128, lr)
+                spent = seconds_now(self.x.device) - began
+                trained = per_datapoint(self.guide, self.x, model=self.model)
+            fixed, per_row = self.encode
+            out.append(
+                self._row(
+                    f"{count:,} steps of encoder training",
+                    "training",
+                    trained,
+                    fixed + spent,
+                    per_row,
+                )
+            )
+        return out
+
+    def resamplings(self) -> list[_Row]:
+        out = []
+        for count in _RESAMPLED:
+            groups = max(20, _DRAWS // count)
+
+            def draw(x: Tensor, size: int = count) -> float:
+                began = seconds_now(x.device)
+                with judging(self.seed, x, self.model, self.guide), torch.no_grad():
+                    weigh(self.model, self.guide, x, size)
+                return seconds_now(x.device) - began
+
+            with judging(self.seed + 2, self.x, self.model, self.guide), torch.no_grad():
+                found = []
+                for _ in range(groups):
+                    weights = weigh(self.model, self.guide, self.x, count)[0].double()
+                    bound = torch.logsumexp(weights, dim=0) - math.log(count)
+                    found.append(bound - weights.mean(dim=0))
+            timed = _two_part(lambda x: _median(lambda: draw(x)), self.x, self.few)
+            out.append(
+                _Row(
+                    f"resampling among {count:,} draws",
+                    "resampling",
+                    *_mean(torch.stack(found)),
+                    *timed,
+                )
+            )
+        return out
+
+
+def _mean(differences: Tensor) -> tuple[float, float]:
+    """Mean over draws and rows, and its Monte Carlo error for these rows."""
+    draws, rows = differences.shape
+    error = differences.var(dim=0).sum().sqrt() / math.sqrt(draws) / rows
+    return float(differences.mean()), float(error)
+
+
+def _median(run: Callable[[], float]) -> float:
+    return sorted(run() for _ in range(_REPEATS))[_REPEATS // 2]
+
+
+def _two_part(
+    run: Callable[[Tensor], float], x: Tensor, few: Tensor, whole: float | None = None
+) -> tuple[float, float]:
+    """Seconds spent once and seconds per row, from runs on all rows and on few."""
+    all_rows = run(x) if whole is None else whole
+    if len(few) == len(x):
+        return 0.0, all_rows / len(x)
+    per_row = max((all_rows - run(few)) / (len(x) - len(few)), 0.0)
+    return max(all_rows - per_row * len(x), 0.0), per_row
+
+
+def _dataset(bench: _Bench, rows: list[_Row], fit: Fit | None) -> xarray.Dataset:
+    import xarray
+
+    cold = next(row for row in rows if row.name == "q* cold")
+    even = math.nan
+    if fit is not None:
+        fixed, per_row = bench.encode
+        saved = cold.per_row - per_row
+        even = (fit.seconds + fixed - cold.fixed) / saved if saved > 0 else math.inf
+    fields = {
+        "gain": "gain",
+        "gain_stderr": "stderr",
+        "seconds_fixed": "fixed",
+        "seconds_per_row": "per_row",
+        "kind": "kind",
+    }
+    means = {
+        gap: bench.comparison.mean(gap, bench.name if bench.comparison.several else None)[0]
+        for gap in ("approximation_gap", "amortization_gap", "inference_gap")
+    }
+    out = xarray.Dataset(
+        {key: ("repair", [getattr(row, field) for row in rows]) for key, field in fields.items()},
+        coords={"repair": [row.name for row in rows]},
+        attrs=means
+        | {
+            "seconds_training": math.nan if fit is None else fit.seconds,
+            "seconds_encoding_per_row": bench.encode[1],
+            "rows": len(bench.x),
+            "break_even": even,
+        },
+    )
+    for key in ("gain", "gain_stderr"):
+        out[key].attrs["units"] = "nats"
+    for key in ("seconds_fixed", "seconds_per_row"):
+        out[key].attrs["units"] = "s"
+    return out
