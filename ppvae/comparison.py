@@ -245,10 +245,14 @@ class Comparison:
         ]
         return lines
 
+    def _number(self, row: int) -> int:
+        """The number of a row, as its coordinate ``row`` has it where there is one."""
+        return int(self.dataset["row"][row]) if "row" in self.dataset.coords else row
+
     def _worst_rows(self) -> list[str]:
         ds = self.dataset.isel(guide=0) if self.several else self.dataset
         rows = [
-            f"{row} ({float(ds['inference_gap'][row]):.2f} ± "
+            f"{self._number(row)} ({float(ds['inference_gap'][row]):.2f} ± "
             f"{float(ds['inference_gap_stderr'][row]):.2f})"
             for row in self.worst().tolist()
         ]
@@ -303,7 +307,9 @@ class Comparison:
         free = [n for n in ds["guide"].values if n not in self.guides]
         heavy = np.flatnonzero(ds["pareto_k"].sel(guide=free).min("guide").values > threshold)
         if attrs["evidence_kind"] == "iwae" and len(heavy):
-            which = ", ".join(str(row) for row in heavy[:5]) + (", …" if len(heavy) > 5 else "")
+            which = ", ".join(str(self._number(row)) for row in heavy[:5]) + (
+                ", …" if len(heavy) > 5 else ""
+            )
             lines.append(
                 f"Weights with heavy tails (Pareto k-hat above {threshold:.2f}) in {len(heavy)} of "
                 f"{ds.sizes['data']} data ({which}): log p(x) may be short there by more than its "

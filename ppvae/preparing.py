@@ -55,6 +55,8 @@ class Settings:
     num_samples: int
     evidence_samples: int
     max_steps: int | None
+    explain: bool
+    repairs: bool
     device: str
     seed: int
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +14,10 @@ import torch
 
 from ppvae import plots
 from ppvae.comparison import Comparison
+from ppvae.explanation import Explanation
 from ppvae.local import fit_per_datapoint
 from ppvae.preparing import Rows, Settings
+from ppvae.repairs import RepairCosts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 _WRITTEN = (
     *("ledger.nc", "settings.json", "toy_posterior.png", "gap_against_x.png", "gap_bars.png"),
     *("gap_sorted.png", "samples.png", "reconstructions.png", "latent_scatter.png"),
-    "latent_grid.png",
+    *("latent_grid.png", "explanation.png", "explanation.nc", "repairs.png", "repairs.nc"),
 )
 
 
@@ -40,7 +42,13 @@ def make_folder(out: Path) -> None:
 
 
 def write(
-    settings: Settings, model: Any, guide: Any, rows: Rows, comparison: Comparison, out: Path
+    settings: Settings,
+    model: Any,
+    guide: Any,
+    rows: Rows,
+    comparison: Comparison,
+    results: Mapping[str, Explanation | RepairCosts],
+    out: Path,
 ) -> list[str]:
     """Write all that a run leaves behind, in the place of an earlier run's files.
 
@@ -49,15 +57,28 @@ def write(
     """
     for name in _WRITTEN:
         (out / name).unlink(missing_ok=True)
-    written = [_write_ledger(comparison, rows, out), _write_settings(settings, rows, out)]
+    written = [_write_ledger(comparison, out), _write_settings(settings, rows, out)]
     written += _write_figures(settings, model, guide, rows, comparison, out)
+    for name, result in results.items():
+        written += _write_result(name, result, out)
     return [path.name for path in written]
 
 
-def _write_ledger(comparison: Comparison, rows: Rows, out: Path) -> Path:
+def _write_result(name: str, result: Explanation | RepairCosts, out: Path) -> list[Path]:
+    """The figures behind a table as a data set and as a picture."""
+    path = out / f"{name}.nc"
+    result.dataset.to_netcdf(path, engine="h5netcdf")
+    figure, (ax,) = _figure((6.5, 4.2))
+    if isinstance(result, Explanation):
+        plots.explanation(result, ax=ax)
+    else:
+        plots.repair_costs(result, ax=ax)
+    return [path, _save(figure, out / f"{name}.png")]
+
+
+def _write_ledger(comparison: Comparison, out: Path) -> Path:
     path = out / "ledger.nc"
-    ledger = comparison.dataset.assign_coords(row=("data", rows.numbers.numpy()))
-    ledger.to_netcdf(path, engine="h5netcdf")
+    comparison.dataset.to_netcdf(path, engine="h5netcdf")
     return path
 
 
