@@ -73,10 +73,13 @@ def read_free(guide: Program, x: Tensor, sites: ModelSites | None = None) -> Rea
     for name, family in first.families.items():
         same = same_family(family, again.families[name])
         if not same or not torch.equal(first.params[name], again.params[name]):
+            ways = ", ".join(f"{site!r}: ..." for site in first.families)
             raise ValueError(
                 f"Site {name!r}: its distribution depends on another latent variable, or on a "
                 f"random number, so it has no parameters per datum to free. Name a family to "
-                f"measure against instead: family=DiagonalNormal(...)."
+                f"measure against instead: "
+                f"family={'{' + ways + '}' if len(first.families) > 1 else '...'} "
+                f"(see ppvae.families)."
             )
     return first
 

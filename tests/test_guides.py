@@ -82,13 +82,18 @@ def test_a_guide_whose_sites_depend_on_each_other_is_refused_by_name():
         per_datapoint(guide, torch.randn(4))
 
 
-@pytest.mark.fills_store
-def test_an_autonormal_is_refused_with_a_way_out():
+def test_an_autonormal_is_freed_with_the_model_and_refused_without():
     model = ExponentialGaussian()
     x = torch.rand(4)
     auto = AutoNormal(model)
-    auto(x)
-    with pytest.raises(ValueError, match="'z'.*Delta.*family="):
+    with ppvae.isolation.private_store():
+        auto(x)
+    freed = per_datapoint(auto, x, model=model)
+    # The bijection onto the half-line is exp: log z is normal.
+    assert repr(freed.families["z"]) == "LogNormal()"
+    expected = torch.stack([auto.locs.z, auto.scales.z.log()], dim=-1)
+    torch.testing.assert_close(freed.table("z").weight, expected)
+    with pytest.raises(ValueError, match="'z'.*Delta.*pass the model too"):
         per_datapoint(auto, x)
 
 
