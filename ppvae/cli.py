@@ -153,7 +153,8 @@ def _finite(context: click.Context, param: click.Parameter, value: float | None)
     "--explain",
     "with_explanation",
     is_flag=True,
-    help="Also split the amortization gap into its causes, by training encoders on a frozen model.",
+    help="Also split the amortization gap into its causes: two further trainings of --steps each, "
+    "the model frozen.",
 )
 @click.option(
     "--repairs",
@@ -305,18 +306,15 @@ def _compare(settings: Settings, out: Path, *, progress: bool) -> None:
     done = refine(model, guide, rows.test, seed=settings.seed)
     click.echo(f"ppvae.refine on these rows: {_recovered(done)}\n")
     results: dict[str, Explanation | RepairCosts] = {}
+    # Repairs get as many steps as the training had.
+    effort: dict[str, Any] = {"lr": settings.lr, "seed": settings.seed}
+    effort["steps"] = max(settings.steps, 4) if settings.steps else 2000
     if settings.explain:
         results["explanation"] = explain(
-            comparison,
-            rows.train,
-            lr=settings.lr,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
+            comparison, rows.train, batch_size=settings.batch_size, **effort
         )
     if settings.repairs:
-        results["repairs"] = repair_costs(
-            comparison, rows.train, fit=training, lr=settings.lr, seed=settings.seed
-        )
+        results["repairs"] = repair_costs(comparison, rows.train, fit=training, **effort)
     for result in results.values():
         click.echo(f"{result}\n")
     written = write(settings, model, guide, rows, comparison, results, out)

@@ -371,6 +371,12 @@ def _verdict(comparison: Comparison, guide: str, *, repairs: bool = False) -> st
             f"No gap beyond its error: the guide is within {max(total, 0) + 2 * total_error:.2g} "
             f"nats a datum of log p(x)."
         )
+    if total_error > 0.5 * abs(total):
+        return (
+            f"The gap of {total:.3g} nats is hardly told from its error of {total_error:.2g}: "
+            f"raise num_samples. If that does not help the ELBO is infinite, as under a guide with tails "
+            f"that the model cannot bear."
+        )
     if amortization >= approximation:
         share = min(amortization / total, 1.0) if total > 0 else 1.0
         text = f"Amortization dominates, {share:.0%} of the gap"
@@ -397,7 +403,7 @@ def compare(
     x: Tensor,
     *,
     family: Family | Mapping[str, Family] | None = None,
-    families: Sequence[Family] = (),
+    families: Sequence[Family | Mapping[str, Family]] = (),
     fit: Fit | None = None,
     num_samples: int = 1000,
     evidence_samples: int = 5000,
@@ -425,7 +431,8 @@ def compare(
         family: A family to measure against, for guides that cannot be freed; the guide's own if
             left out. With another family the amortization gap also holds the difference between
             the families.
-        families: Further families whose q* is fitted and shown beside the guides.
+        families: Further families whose q* is fitted and shown beside the guides; of several
+            latent sites a mapping by site for each.
         fit: The record of a single guide's training: its seconds give the break-even, the number
             of data from which on training and encoding cost less than fitting q* for each, at the
             speed per row of this call's batch.
@@ -552,7 +559,7 @@ def _plan(
     x: Tensor,
     sites: ModelSites,
     family: Family | Mapping[str, Family] | None,
-    families: Sequence[Family],
+    families: Sequence[Family | Mapping[str, Family]],
 ) -> _Plan:
     """The distinct families to fit: those of the guides, or ``family``, and the further ones."""
     plan = _Plan({}, {}, {})

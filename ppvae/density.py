@@ -97,6 +97,8 @@ def support_name(support: Any) -> str:
     upper = getattr(support, "upper_bound", None)
     if lower is not None and upper is None and bool((torch.as_tensor(lower) == 0).all()):
         return "positive"
+    if any(isinstance(bound, Tensor) and bound.dim() for bound in (lower, upper)):
+        return f"{type(support).__name__} with bounds of its own for each row"
     return str(support).removesuffix("()")
 
 
@@ -273,6 +275,17 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
                 f"not defined per row (AutoDiagonalNormal and AutoMultivariateNormal are such "
                 f"guides). Use AutoNormal, or ppvae.guides.PerDatapoint with a family."
             )
+    points = [n for n, site in guided.items() if _distribution_name(site["fn"]) == "Delta"]
+    if points:
+        with forked_rng(1, x.device):
+            again = _plain_run("guide", guide, x)
+        for name in points:
+            if torch.equal(again.nodes[name]["value"], guided[name]["value"]):
+                raise ValueError(
+                    f"Site {name!r}: the guide puts all its mass on a point (a Delta), as "
+                    f"AutoDelta and map_estimate do. A point has no density over z, hence no ELBO. Use a "
+                    f"guide with a density, such as AutoNormal."
+                )
     for name, site in guided.items():
         event = tuple(site["value"].shape[1:])
         if event != sites.latents[name].event_shape:
@@ -296,6 +309,7 @@ class GuideSite:
         name: The site's name.
         fn: The distribution.
         value: The draw, ``(batch, *event)``.
+        mask: The mask on its log density, `None` if there is none.
         part: Which elements of the auxiliary variable of a datum the site has; `None` where the
             site was drawn from ``fn`` itself.
         transform: From that part to the site's values.
@@ -304,6 +318,7 @@ class GuideSite:
     name: str
     fn: Any
     value: Tensor
+    mask: Any = None
     part: slice | None = None
     transform: Any = None
 
@@ -326,7 +341,7 @@ def read_guide(
         if site["infer"].get("is_auxiliary", False):
             auxiliary.append(site)
             continue
-        found[name] = GuideSite(name, site["fn"], site["value"])
+        found[name] = GuideSite(name, site["fn"], site["value"], site["mask"])
         if _distribution_name(site["fn"]) == "Delta" and sites is not None:
             found[name] = _behind_a_delta(found[name], sites.latents[name], auxiliary)
         plate = next((f.name for f in _local_frames(site)), plate)
@@ -340,7 +355,8 @@ def _behind_a_delta(
     if getattr(latent.support, "is_discrete", False):
         return site
     transform = to_unconstrained(latent)
-    shape = torch.Size(transform.inverse_shape(torch.Size(latent.event_shape)))
+    # Of the value's shape: bounds may differ between rows.
+    shape = torch.Size(transform.inverse_shape(site.value.shape)[1:])
     count, rows = shape.numel(), site.value.shape[0]
     for other in auxiliary:
         if tuple(other["fn"].batch_shape) != (rows,):
@@ -350,7 +366,7 @@ def _behind_a_delta(
             part = slice(at, at + count)
             # Draws are continuous: only their own transform is equal to them.
             if torch.equal(transform(flat[:, part].reshape(rows, *shape)), site.value):
-                return GuideSite(site.name, other["fn"], site.value, part, transform)
+                return GuideSite(site.name, other["fn"], site.value, other["mask"], part, transform)
     return site
 
 

@@ -362,7 +362,9 @@ def _integrate(integrand: _Integrand, x: Tensor, tolerance: float) -> tuple[Tens
         if bool(settled.all()):
             break
     log_f = integrand(x, frame.grid(count))
-    whole = settled & _ends_inside(log_f, count, dims)
+    # What is left out there is below the rounding of the rows' own arithmetic.
+    edge = min(_EDGE, -math.log(torch.finfo(x.dtype).eps) - 2)
+    whole = settled & _ends_inside(log_f, count, dims, edge)
     value = _sum(log_f) + frame.log_cell(count)
     error = torch.full_like(value, torch.inf)
     # No finer grid removes the rounding of the model's own arithmetic.
@@ -442,7 +444,7 @@ def _window(frame: _Frame, log_f: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack(lows, dim=-1), torch.stack(highs, dim=-1)
 
 
-def _ends_inside(log_f: Tensor, count: int, dims: int) -> Tensor:
+def _ends_inside(log_f: Tensor, count: int, dims: int, edge: float) -> Tensor:
     """Rows whose integrand is negligible at the window's ends and where numbers run out."""
     shaped = log_f.reshape(*[count] * dims, -1)
     spent = torch.isnan(shaped)
@@ -458,5 +460,5 @@ def _ends_inside(log_f: Tensor, count: int, dims: int) -> Tensor:
             before.masked_fill(~next_spent, -torch.inf), after.masked_fill(~last_spent, -torch.inf)
         )
         for part in (ends, beside):
-            out &= part.reshape(-1, part.shape[-1]).amax(dim=0) < peak - _EDGE
+            out &= part.reshape(-1, part.shape[-1]).amax(dim=0) < peak - edge
     return out

@@ -106,6 +106,8 @@ class Explanation:
         value, error = (self.dataset[v].to_series() for v in ("gap", "gap_stderr"))
         for part in PARTS:
             margin = 2 * math.hypot(error[part], error[self.cause])
+            if part == "missing_inputs" and self.dataset.attrs["sees_all_inputs"]:
+                continue
             if part != self.cause and value[part] > value[self.cause] - margin:
                 said += f" {part.replace('_', ' ').capitalize()} counts for as much within errors."
         return said
@@ -134,7 +136,9 @@ def explain(
     - *capacity*: :math:`A_V[\text{longer}] - A_V[\text{wide}]`, where the wide guide adds to the
       guide's output a network of two hidden layers of 256 units that is given what the guide's
       own first layers are given,
-    - *missing inputs*: :math:`A_T[\text{wide}]`, what remains on rows that the repairs have seen,
+    - *missing inputs*: :math:`A_T[\text{wide}]`, what remains on rows that the repairs have seen.
+      Where the guide is given all of x nothing is missing: this part is then what the repairs had
+      not learned when their steps ended, which the status says, and it is not named as the cause,
     - *generalisation*: :math:`A_X[\text{guide}] - A_V[\text{guide}]`, with the compared rows X and
       V among the rows that the guide was trained on, plus
       :math:`A_V[\text{wide}] - A_T[\text{wide}]`, the same of the repairs.
@@ -205,15 +209,33 @@ def explain(
         "capacity": _mean(elbos[2] - elbos[1]),
         "missing_inputs": _mean(remaining),
     }
-    clear = {p: value for p, (value, error) in values.items() if value > 2 * error}
-    total, its_error = _mean(gap)
-    found = bool(clear) and total > 2 * its_error
+    total = _mean(gap)
+    dataset = _dataset(values, longer, wider, total[0], len(rows.measured))
+    dataset.attrs["sees_all_inputs"] = wide.sees_everything
     return Explanation(
-        dataset=_dataset(values, longer, wider, total, len(rows.measured)),
-        cause=max(clear, key=lambda part: clear[part]) if found else "none",
-        status=_status(longer, wider, all(bool(best.converged.all()) for best in fits)),
+        dataset=dataset,
+        cause=_cause(values, total, wide.sees_everything),
+        status=_status(
+            longer,
+            wider,
+            all(bool(best.converged.all()) for best in fits),
+            wide.sees_everything and float(remaining.mean()) > 2 * _error(remaining),
+        ),
         seconds=seconds_now(comparison.x.device) - began,
     )
+
+
+def _cause(
+    values: Mapping[str, tuple[float, float]], total: tuple[float, float], sees_everything: bool
+) -> str:
+    """The largest part beyond twice its error."""
+    clear = {part: value for part, (value, error) in values.items() if value > 2 * error}
+    if not clear or total[0] <= 2 * total[1]:
+        return "none"
+    if sees_everything and clear.pop("missing_inputs", 0.0) and not clear:
+        # Nothing is missing: a wide network that is trained for long enough delivers it.
+        return "training"
+    return max(clear, key=lambda part: clear[part])
 
 
 def check_same_kind(x: Tensor, x_train: Tensor, *programs: Any) -> None:
@@ -330,13 +352,15 @@ class EncoderTraining:
         rows = torch.zeros(0)
         modules = (self.elbo.model, self.program)
         with judging(self.seed, rows, *modules), unvalidated():
-            kept = [(t, t.detach().clone()) for t in _tensors(*modules)]
+            kept = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in _tensors(*modules)]
             try:
                 yield
             finally:
                 with torch.no_grad():
-                    for tensor, value in kept:
+                    for tensor, value, needed, gradient in kept:
                         tensor.copy_(value)
+                        tensor.requires_grad_(needed)
+                        tensor.grad = gradient
 
     def elbos(self, x: Tensor, params: list[Tensor], seed: int) -> list[Tensor]:
         """ELBO per row under several λ, on common draws."""
@@ -416,20 +440,27 @@ class EncoderTraining:
         return value if math.isfinite(value) else -math.inf
 
     def _trainable(self, x: Tensor) -> list[Tensor]:
-        """The parameters that move λ: those of the encoder, also where modules are shared."""
+        """The parameters that move λ and not the model: the encoder's, also in a shared module."""
         candidates = _parameters(self.program)
         for param in candidates:
             param.requires_grad_(True)
         with torch.enable_grad():
             params = self.encode(x)
-            found = (
-                torch.autograd.grad(params.sum(), candidates, allow_unused=True)
-                if params.requires_grad
+            # With λ held fixed, log w moves with the model's parameters alone.
+            density = self.elbo.log_weights(x, params.detach(), 1)
+            found, the_models = (
+                torch.autograd.grad(value.sum(), candidates, allow_unused=True)
+                if value.requires_grad
                 else [None] * len(candidates)
+                for value in (params, density)
             )
         for param in candidates:
             param.requires_grad_(False)
-        return [p for p, gradient in zip(candidates, found, strict=True) if gradient is not None]
+        return [
+            param
+            for param, gradient, shared in zip(candidates, found, the_models, strict=True)
+            if gradient is not None and shared is None
+        ]
 
 
 def _parameters(*programs: Program) -> list[Tensor]:
@@ -451,11 +482,13 @@ class _Widened:
 
     def __init__(self, setting: EncoderTraining, x: Tensor) -> None:
         self.setting = setting
+        self.past = columns_past_layers(setting, x[: row_chunks(x, 1)[0].stop])
         seen = self._inputs(x)
         self.mean, self.scale = seen.mean(dim=0), seen.std(dim=0)
         # What never changes, or hardly, carries nothing.
         self.used = self.scale > 1e-6 * seen.abs().amax(dim=0).clamp(min=1e-12)
         size = sum(f.num_params for f in setting.elbo.families.values())
+        self.sees_everything = _determines(seen, x.reshape(len(x), -1))
         inputs = max(1, int(self.used.sum()))
         self.network = MLP(inputs, [_WIDTH, _WIDTH], size).to(x)
         with torch.no_grad():
@@ -472,14 +505,19 @@ class _Widened:
         return self.setting.encode(x).detach() + correction
 
     def _inputs(self, x: Tensor) -> Tensor:
-        return torch.cat([inputs_of(self.setting, x[s]) for s in row_chunks(x, 1)])
+        return torch.cat([inputs_of(self.setting, x[s], self.past) for s in row_chunks(x, 1)])
 
 
-def inputs_of(setting: EncoderTraining, x: Tensor) -> Tensor:
+def inputs_of(setting: EncoderTraining, x: Tensor, past: Tensor | None = None) -> Tensor:
     """What the guide's network is given for these rows, ``(batch, numbers)``.
 
-    Those are the inputs of its first layers, the ones that no parameter has touched; for guides
-    without modules, the columns of x that move λ.
+    Those are the inputs of its first layers, the ones that no parameter has touched, and the
+    columns of x that move λ past all layers, as in functions that call ``pyro.param``.
+
+    Args:
+        setting: The guide.
+        x: Rows.
+        past: What `columns_past_layers` found, where it is known.
     """
     found: dict[int, Tensor] = {}
 
@@ -489,44 +527,85 @@ def inputs_of(setting: EncoderTraining, x: Tensor) -> Tensor:
             if fits and not value.requires_grad:
                 found[id(value)] = value
 
-    layers = [
-        part
-        for module in modules_of(setting.program)
-        for part in module.modules()
-        # A guide itself is given all of x, whatever it then makes of it.
-        if part is not setting.program and list(part.parameters(recurse=False))
-    ]
-    hooks = [layer.register_forward_pre_hook(look) for layer in dict.fromkeys(layers)]
+    if past is None:
+        past = columns_past_layers(setting, x)
+    with _needing_gradients(_parameters(setting.program)):
+        hooks = [layer.register_forward_pre_hook(look) for layer in _layers(setting.program)]
+        try:
+            setting.encode(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    given = [value.detach().reshape(len(x), -1).to(x) for value in found.values()]
+    return torch.cat([*given, x.reshape(len(x), -1)[:, past]], dim=-1)
+
+
+def columns_past_layers(setting: EncoderTraining, x: Tensor) -> Tensor:
+    """The columns of x that move λ in some row by another way than through a layer."""
+
+    def cut(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        return output.detach() if isinstance(output, Tensor) else output
+
+    leaf = x.detach().clone().requires_grad_(True)
     candidates = _parameters(setting.program)
-    flags = [p.requires_grad for p in candidates]
+    kept = [param.detach().clone() for param in candidates]
+    with _needing_gradients(candidates), forked_rng(setting.seed, x.device):
+        hooks = [layer.register_forward_hook(cut) for layer in _layers(setting.program)]
+        try:
+            with torch.no_grad():
+                for param in candidates:
+                    # A weight that happens to be zero would hide its input.
+                    param.add_(0.1 * torch.randn_like(param))
+            params = setting.encode(leaf)
+            if params.requires_grad:
+                value = (params * torch.randn_like(params)).sum()
+                (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+            else:
+                slope = None
+        finally:
+            for hook in hooks:
+                hook.remove()
+            with torch.no_grad():
+                for param, value in zip(candidates, kept, strict=True):
+                    param.copy_(value)
+    slope = torch.zeros_like(leaf) if slope is None else slope
+    return (slope.reshape(len(x), -1) != 0).any(dim=0)
+
+
+def _layers(program: Program) -> list[nn.Module]:
+    """The modules with parameters of their own; a guide itself is given all of x."""
+    parts = [part for module in modules_of(program) for part in module.modules()]
+    return [
+        part
+        for part in dict.fromkeys(parts)
+        if part is not program and list(part.parameters(recurse=False))
+    ]
+
+
+@contextmanager
+def _needing_gradients(params: list[Tensor]) -> Iterator[None]:
+    """Inside, gradients in these parameters are recorded."""
+    flags = [param.requires_grad for param in params]
     try:
-        for param in candidates:
+        for param in params:
             param.requires_grad_(True)
         with torch.enable_grad():
-            setting.encode(x)
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for param, flag in zip(candidates, flags, strict=True):
+        for param, flag in zip(params, flags, strict=True):
             param.requires_grad_(flag)
-    if found:
-        return torch.cat([v.detach().reshape(len(x), -1).to(x) for v in found.values()], dim=-1)
-    return x.reshape(len(x), -1)[:, _columns(setting, x)]
 
 
-def _columns(setting: EncoderTraining, x: Tensor) -> Tensor:
-    """The columns of x that move λ in some row."""
-    leaf = x.detach().clone().requires_grad_(True)
-    with torch.enable_grad():
-        params = setting.encode(leaf)
-        if not params.requires_grad:
-            return torch.zeros(x[0].numel(), dtype=torch.bool, device=x.device)
-        (slope,) = torch.autograd.grad(
-            (params * torch.randn_like(params)).sum(), leaf, allow_unused=True
-        )
-    if slope is None:
-        return torch.zeros(x[0].numel(), dtype=torch.bool, device=x.device)
-    return (slope.reshape(len(x), -1) != 0).any(dim=0)
+def _determines(seen: Tensor, x: Tensor) -> bool:
+    """Whether x is a linear map of what the guide is given, such as x itself, centred or scaled."""
+    if seen.shape == x.shape and torch.equal(seen, x):
+        return True
+    if len(x) < 2 * (seen.shape[1] + 1):  # A fit to few rows says nothing.
+        return False
+    design = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=-1).double().cpu()
+    wanted = x.double().cpu()
+    left = wanted - design @ torch.linalg.lstsq(design, wanted, driver="gelsd").solution
+    return bool((left.square().sum(dim=0) <= 1e-6 * wanted.square().sum(dim=0)).all())
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
@@ -537,8 +616,13 @@ def _error(values: Tensor) -> float:
     return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
-def _status(longer: Curve, wider: Curve, converged: bool) -> str:
+def _status(longer: Curve, wider: Curve, converged: bool, not_learned: bool) -> str:
     said = []
+    if not_learned:
+        said.append(
+            "The guide is given all of x, so nothing is missing: what stands under missing inputs "
+            "is what the wide guide had not learned when its steps ended. Raise steps."
+        )
     if longer.improving:
         said.append(
             "The guide was still improving when its steps ended: training counts for more than is "

@@ -26,6 +26,8 @@ _ADAM_STEPS = 200
 _NEAR = 0.5
 # The Fisher matrix costs P² per row: families with more parameters rely on Adam alone.
 _MOST_FISHER = 64
+# Directions of λ with less than this part of the largest information move the distribution not.
+_IDLE = 1e-4
 _ROUND, _ROUNDS = 20, 3
 _CHECK_PASSES = 8
 # Nats that a natural-gradient step may lose on its draws: near the optimum that is noise.
@@ -110,8 +112,16 @@ class LocalElbo:
         """Fisher information of λ, ``(batch, P, P)``, the second moment of the score."""
         scores = self._scores(params)
         fisher = torch.einsum("snp,snq->npq", scores, scores) / len(scores)
-        ridge = 1e-6 * fisher.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None] + 1e-12
-        return fisher + ridge * torch.eye(params.shape[1]).to(fisher)
+        # A family may have more parameters than it needs (a rotation of a low-rank factor, say).
+        # Along what changes nothing there is nothing to gain, and no step is to be taken.
+        size = fisher.diagonal(dim1=-2, dim2=-1).clamp(min=1e-12).sqrt()
+        scaled = fisher / size[:, :, None] / size[:, None, :]
+        finite = torch.isfinite(scaled).all(-1).all(-1)[:, None, None]
+        scaled = torch.where(finite, scaled, torch.eye(params.shape[1]).to(scaled))
+        values, vectors = torch.linalg.eigh(scaled)
+        values = torch.where(values > _IDLE * values[:, -1:], values, 1 / _IDLE**2)
+        scaled = vectors @ torch.diag_embed(values) @ vectors.mT
+        return size[:, :, None] * scaled * size[:, None, :]
 
     def _scores(self, params: Tensor) -> Tensor:
         """Scores ∇ log q(z; λ) at draws of q, ``(draws, batch, P)``."""

@@ -96,6 +96,12 @@ def read_member(site: GuideSite) -> tuple[Family, Tensor]:
     Raises:
         ValueError: If the distribution is none that can be freed; names the site.
     """
+    if site.mask is not None:
+        raise ValueError(
+            f"Site {site.name!r}: the guide's log density is masked, so that it is no density of z "
+            f"to find the best member for. Put masks into the model, or name a family to measure "
+            f"against: family=..."
+        )
     if site.part is not None:
         family, params = _read_part(site)
     elif isinstance(innermost(site.fn), dist.Delta):

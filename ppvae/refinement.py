@@ -25,6 +25,7 @@ from ppvae.natural import GaussianElbo, GaussianState, Nodes
 _LEAST_DRAWS = 32
 _POLISH_DRAWS = 128
 _FISHER_DRAWS = 64
+_CONFIRMING_DRAWS = 256
 _SMALLEST_RADIUS = 1e-3
 # Of the rows that are open, those that promise at least this part of the most go first.
 _WORST_FIRST = 0.25
@@ -46,7 +47,7 @@ class Refinement:
         remaining: ``(batch,)``: the same figure at the end.
         gain: ``(batch,)``: nats by which the ELBO rose, measured on draws of its own, common to
             before and after; zero in rows that were left as they are.
-        gain_stderr: ``(batch,)``: its standard error.
+        gain_stderr: ``(batch,)``: its standard error, NaN where the gain is infinite.
         evaluations: ``(batch,)``: draws at which the gradient of log p(x, z) was evaluated.
         seconds: Wall time, the measurement of ``gain`` included.
     """
@@ -67,14 +68,21 @@ class Refinement:
 
     def __repr__(self) -> str:
         rows = len(self.outcome)
-        error = float(self.gain_stderr.double().square().sum().sqrt()) / rows
+        finite = torch.isfinite(self.gain)
+        mean = float(self.gain[finite].double().sum()) / rows
+        error = float(self.gain_stderr[finite].double().square().sum().sqrt()) / rows
         lines = [
             f"Refinement of {rows} rows: {self.count(ACCEPTED)} accepted as they are, "
             f"{self.count(REFINED)} refined, {self.count(GIVEN_UP)} given up.",
-            f"Recovered {float(self.gain.mean()):.4f} ± {error:.4f} nats a datum with "
+            f"Recovered {mean:.4f} ± {error:.4f} nats a datum with "
             f"{float(self.evaluations.double().mean()):.0f} gradient evaluations a datum, "
             f"{self.seconds:.1f} s.",
         ]
+        if not bool(finite.all()):
+            lines.append(
+                f"In {int((~finite).sum())} rows, not counted there, the guide had no finite ELBO "
+                f"and has one now."
+            )
         given_up = [
             why for why, what in zip(self.reason, self.outcome, strict=True) if what == GIVEN_UP
         ]
@@ -140,7 +148,7 @@ def refine(
         if all(isinstance(f, GaussianFamily) for f in families.values()):
             climb = _GaussianClimb(GaussianElbo(model, families, start), x, start, tolerance)
         else:
-            climb = _FisherClimb(LocalElbo(model, families, _FISHER_DRAWS), x, start)
+            climb = _FisherClimb(LocalElbo(model, families, _FISHER_DRAWS), x, start, tolerance)
         least = climb.first_cost
         if budget is not None and budget < least:
             raise ValueError(
@@ -158,7 +166,7 @@ def refine(
             gain[part] = difference.mean(dim=0)
             stderr[part] = difference.std(dim=0) / math.sqrt(_MEASURE_DRAWS)
         # Steps on few draws may harm a row that had little to gain.
-        worse = gain < -2 * stderr
+        worse = (gain < -2 * stderr) | torch.isneginf(gain)
         params = torch.where(worse[:, None], start, params)
         gain, stderr = gain.masked_fill(worse, 0.0), stderr.masked_fill(worse, 0.0)
     outcome, reason = run.outcomes(worse)
@@ -218,6 +226,8 @@ class _GaussianClimb:
 
     def __init__(self, elbo: GaussianElbo, x: Tensor, start: Tensor, tolerance: float) -> None:
         self.elbo, self.x, self.tolerance = elbo, x, tolerance
+        self.start = start
+        self.moved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         few = 2 ** math.ceil(math.log2(max(_LEAST_DRAWS, 2 * elbo.size)))
         self.fixed: Nodes = elbo.nodes(few, start)
         self.more = max(_POLISH_DRAWS, few)
@@ -242,7 +252,9 @@ class _GaussianClimb:
 
     @property
     def params(self) -> Tensor:
-        return self.elbo.params(self.state.loc, self.state.tril)
+        # Where nothing moved, the way through scales and back would cost the last digit.
+        reached = self.elbo.params(self.state.loc, self.state.tril)
+        return torch.where(self.moved[:, None], reached, self.start)
 
     @property
     def stuck(self) -> Tensor:
@@ -275,6 +287,7 @@ class _GaussianClimb:
         better = finite & ((there.value > here.value) | ~torch.isfinite(here.value))
         chosen = torch.nonzero(better).flatten()
         self.state.put(rows[chosen], there, chosen)
+        self.moved[rows[chosen]] = True
         self.promise[rows[chosen]] = promise[chosen]
         self.radius[rows] = torch.where(better, 2 * self.radius[rows], 0.25 * self.radius[rows])
 
@@ -291,6 +304,7 @@ class _GaussianClimb:
         rate = (2.4 / (self.polished[rows] + 2)).clamp(max=0.8)
         moving = torch.nonzero(finite & (promise > self.tolerance)).flatten()
         if len(moving):
+            self.moved[rows[moving]] = True
             part = fresh.rows(moving)
             radius = torch.ones_like(rate[moving])
             loc, tril = self.elbo.step(part, radius, rate[moving])
@@ -304,15 +318,27 @@ class _GaussianClimb:
 class _FisherClimb:
     """Natural-gradient steps with an estimated Fisher matrix, kept only where they gain."""
 
-    def __init__(self, elbo: LocalElbo, x: Tensor, start: Tensor) -> None:
-        self.elbo, self.x = elbo, x
+    def __init__(self, elbo: LocalElbo, x: Tensor, start: Tensor, tolerance: float) -> None:
+        self.elbo, self.x, self.tolerance = elbo, x, tolerance
+        # Of many looks, each on its own few draws, some are small by luck: a row that took steps
+        # has arrived when a look on more draws is small too.
+        self.sharp = LocalElbo(elbo.model, elbo.families, _CONFIRMING_DRAWS)
         self.reached = start.clone()
         self.first_cost = elbo.draws_for(start)
+        self.confirming_cost = self.sharp.draws_for(start)
         self.reach = x.new_ones(len(x))
         self.spent = torch.zeros(len(x), dtype=torch.long, device=x.device)
         self.promise = x.new_zeros(len(x))
         self.proposal = start.clone()
-        self._look(torch.arange(len(x), device=x.device))
+        everything = torch.arange(len(x), device=x.device)
+        # Where the density is no number its gradient counts as zero, which promises nothing.
+        parts = [
+            elbo.log_weights(x[part], start[part], elbo.num_draws).mean(dim=0)
+            for part in _parts(everything, x, elbo.num_draws)
+        ]
+        self.alive = torch.isfinite(torch.cat(parts).detach())
+        self._look(everything, elbo)
+        self.confirmed = self.promise <= tolerance
 
     @property
     def params(self) -> Tensor:
@@ -323,29 +349,37 @@ class _FisherClimb:
         return self.reach <= _SMALLEST_RADIUS
 
     def settled(self) -> Tensor:
-        return torch.ones_like(self.stuck)
+        return self.confirmed
 
     def cost(self, rows: Tensor) -> Tensor:
-        return torch.full((len(rows),), self.first_cost, device=self.x.device)
+        small = self.promise[rows] <= self.tolerance
+        return torch.where(small, self.confirming_cost, self.first_cost)
 
-    def _look(self, rows: Tensor) -> None:
-        for part in _parts(rows, self.x, self.first_cost):
+    def _look(self, rows: Tensor, elbo: LocalElbo) -> None:
+        cost = elbo.draws_for(self.reached)
+        for part in _parts(rows, self.x, cost):
             rate = 0.8 * self.reach[part]
-            proposal, promise = self.elbo.step(self.x[part], self.reached[part], rate)
+            proposal, promise = elbo.step(self.x[part], self.reached[part], rate)
             self.proposal[part] = proposal
-            self.promise[part] = torch.nan_to_num(promise, nan=torch.inf)
-            self.spent[part] += self.first_cost
+            promise = torch.where(self.alive[part], promise, torch.inf)
+            self.promise[part] = torch.nan_to_num(promise, nan=torch.inf, posinf=torch.inf)
+            self.spent[part] += cost
 
     def advance(self, rows: Tensor) -> None:
+        small = self.promise[rows] <= self.tolerance
+        self._look(rows[small], self.sharp)
+        self.confirmed[rows[small]] = self.promise[rows[small]] <= self.tolerance
+        rows = rows[~small]
         for part in _parts(rows, self.x, 2 * self.elbo.num_draws):
             difference = self.elbo.difference(
                 self.x[part], self.proposal[part], self.reached[part], self.elbo.num_draws
             )
             kept = difference.mean(dim=0) > 0
+            self.alive[part] |= kept
             self.reached[part] = torch.where(kept[:, None], self.proposal[part], self.reached[part])
             wider = torch.where(kept, 2 * self.reach[part], 0.25 * self.reach[part])
             self.reach[part] = wider.clamp(max=1.0)
-        self._look(rows)
+        self._look(rows, self.elbo)
 
 
 class _Run:
@@ -406,7 +440,7 @@ class _Run:
                 if not math.isfinite(promise):
                     reason.append("no finite density around the guide's output")
                 elif bool(climb.stuck[row]):
-                    reason.append("no step raised the ELBO")
+                    reason.append("no further step raised the ELBO")
                 elif int(self.steps[row]) >= self.max_steps:
                     reason.append("the step limit was reached")
                 else:

@@ -483,3 +483,48 @@ def test_a_collapsed_latent_is_said_first():
     idle = ppvae.compare(uses, constant, x)
     assert idle.dataset["active_units"].values.tolist() == [0, 1]
     assert str(idle).startswith("COLLAPSED: no latent dimension of 1 is active under your guide")
+
+
+def test_a_gap_that_its_error_drowns_is_said_to_be_none():
+    """Under an inverse-gamma guide with concentration below one E_q[z²] is infinite."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Exponential(1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.InverseGamma(torch.full((len(x),), 0.3), 1.0))
+
+    comparison = ppvae.compare(model, guide, torch.tensor([1.0, 2.0]), family=LogNormal())
+    assert "hardly told from its error" in comparison.verdict()
+
+
+def test_a_guide_without_a_density_is_refused_with_a_family_too():
+    def point(x):
+        where = pyro.param("where", torch.zeros(len(x)))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Delta(where))
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="'z'.*a point.*Delta"):
+        ppvae.compare(model, point, torch.randn(3), family=DiagonalNormal())
+
+
+def test_a_masked_guide_is_measured_against_a_named_family_only():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1), pyro.poutine.mask(mask=x > 0):
+            pyro.sample("z", dist.Normal(0.5 * x, 0.7))
+
+    with pytest.raises(ValueError, match="'z'.*masked.*family="):
+        ppvae.compare(model, guide, torch.randn(5))

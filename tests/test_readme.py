@@ -11,7 +11,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     "README.md",
-    *(f"docs/{n}.md" for n in ("bring-your-own", "index", "one-idea", "reading-the-table")),
+    *(
+        f"docs/{page.name}"
+        for page in sorted((ROOT / "docs").glob("*.md"))
+        if "```python" in page.read_text(encoding="utf-8")
+    ),
 ]
 
 
