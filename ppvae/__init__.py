@@ -20,11 +20,12 @@ from ppvae import (
     pairs,
     plots,
 )
-from ppvae.comparison import Comparison, compare
+from ppvae.comparison import compare
 from ppvae.density import log_joint, log_weights
 from ppvae.evidence import Estimate, elbo, iwae, quadrature
 from ppvae.explanation import Explanation, explain
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
+from ppvae.ledger import Comparison
 from ppvae.local import LocalFit, fit_per_datapoint
 from ppvae.refinement import Refinement, refine
 from ppvae.repairs import RepairCosts, repair_costs

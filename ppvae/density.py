@@ -283,8 +283,8 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
             if torch.equal(again.nodes[name]["value"], guided[name]["value"]):
                 raise ValueError(
                     f"Site {name!r}: the guide puts all its mass on a point (a Delta), as "
-                    f"AutoDelta and map_estimate do. A point has no density over z, hence no ELBO. Use a "
-                    f"guide with a density, such as AutoNormal."
+                    f"AutoDelta and map_estimate do. A point has no density over z, hence no "
+                    f"ELBO. Use a guide with a density, such as AutoNormal."
                 )
     for name, site in guided.items():
         event = tuple(site["value"].shape[1:])

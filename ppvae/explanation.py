@@ -18,7 +18,6 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppvae.comparison import Comparison
 from ppvae.density import (
     ModelSites,
     Program,
@@ -32,6 +31,7 @@ from ppvae.families import Family
 from ppvae.fisher import LocalElbo
 from ppvae.guides import PerDatapoint, read_params
 from ppvae.isolation import check_rows, forked_rng, modules_of, seconds_now, unvalidated
+from ppvae.ledger import Comparison
 from ppvae.local import fit_per_datapoint
 from ppvae.nn import MLP
 

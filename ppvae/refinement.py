@@ -25,7 +25,6 @@ from ppvae.natural import GaussianElbo, GaussianState, Nodes
 _LEAST_DRAWS = 32
 _POLISH_DRAWS = 128
 _FISHER_DRAWS = 64
-_CONFIRMING_DRAWS = 256
 _SMALLEST_RADIUS = 1e-3
 # Of the rows that are open, those that promise at least this part of the most go first.
 _WORST_FIRST = 0.25
@@ -148,7 +147,7 @@ def refine(
         if all(isinstance(f, GaussianFamily) for f in families.values()):
             climb = _GaussianClimb(GaussianElbo(model, families, start), x, start, tolerance)
         else:
-            climb = _FisherClimb(LocalElbo(model, families, _FISHER_DRAWS), x, start, tolerance)
+            climb = _FisherClimb(LocalElbo(model, families, _FISHER_DRAWS), x, start)
         least = climb.first_cost
         if budget is not None and budget < least:
             raise ValueError(
@@ -318,27 +317,21 @@ class _GaussianClimb:
 class _FisherClimb:
     """Natural-gradient steps with an estimated Fisher matrix, kept only where they gain."""
 
-    def __init__(self, elbo: LocalElbo, x: Tensor, start: Tensor, tolerance: float) -> None:
-        self.elbo, self.x, self.tolerance = elbo, x, tolerance
-        # Of many looks, each on its own few draws, some are small by luck: a row that took steps
-        # has arrived when a look on more draws is small too.
-        self.sharp = LocalElbo(elbo.model, elbo.families, _CONFIRMING_DRAWS)
+    def __init__(self, elbo: LocalElbo, x: Tensor, start: Tensor) -> None:
+        self.elbo, self.x = elbo, x
         self.reached = start.clone()
         self.first_cost = elbo.draws_for(start)
-        self.confirming_cost = self.sharp.draws_for(start)
         self.reach = x.new_ones(len(x))
         self.spent = torch.zeros(len(x), dtype=torch.long, device=x.device)
         self.promise = x.new_zeros(len(x))
         self.proposal = start.clone()
-        everything = torch.arange(len(x), device=x.device)
         # Where the density is no number its gradient counts as zero, which promises nothing.
         parts = [
             elbo.log_weights(x[part], start[part], elbo.num_draws).mean(dim=0)
-            for part in _parts(everything, x, elbo.num_draws)
+            for part in _parts(torch.arange(len(x), device=x.device), x, elbo.num_draws)
         ]
         self.alive = torch.isfinite(torch.cat(parts).detach())
-        self._look(everything, elbo)
-        self.confirmed = self.promise <= tolerance
+        self._look(torch.arange(len(x), device=x.device))
 
     @property
     def params(self) -> Tensor:
@@ -349,27 +342,21 @@ class _FisherClimb:
         return self.reach <= _SMALLEST_RADIUS
 
     def settled(self) -> Tensor:
-        return self.confirmed
+        return torch.ones_like(self.stuck)
 
     def cost(self, rows: Tensor) -> Tensor:
-        small = self.promise[rows] <= self.tolerance
-        return torch.where(small, self.confirming_cost, self.first_cost)
+        return torch.full((len(rows),), self.first_cost, device=self.x.device)
 
-    def _look(self, rows: Tensor, elbo: LocalElbo) -> None:
-        cost = elbo.draws_for(self.reached)
-        for part in _parts(rows, self.x, cost):
+    def _look(self, rows: Tensor) -> None:
+        for part in _parts(rows, self.x, self.first_cost):
             rate = 0.8 * self.reach[part]
-            proposal, promise = elbo.step(self.x[part], self.reached[part], rate)
+            proposal, promise = self.elbo.step(self.x[part], self.reached[part], rate)
             self.proposal[part] = proposal
             promise = torch.where(self.alive[part], promise, torch.inf)
             self.promise[part] = torch.nan_to_num(promise, nan=torch.inf, posinf=torch.inf)
-            self.spent[part] += cost
+            self.spent[part] += self.first_cost
 
     def advance(self, rows: Tensor) -> None:
-        small = self.promise[rows] <= self.tolerance
-        self._look(rows[small], self.sharp)
-        self.confirmed[rows[small]] = self.promise[rows[small]] <= self.tolerance
-        rows = rows[~small]
         for part in _parts(rows, self.x, 2 * self.elbo.num_draws):
             difference = self.elbo.difference(
                 self.x[part], self.proposal[part], self.reached[part], self.elbo.num_draws
@@ -379,7 +366,7 @@ class _FisherClimb:
             self.reached[part] = torch.where(kept[:, None], self.proposal[part], self.reached[part])
             wider = torch.where(kept, 2 * self.reach[part], 0.25 * self.reach[part])
             self.reach[part] = wider.clamp(max=1.0)
-        self._look(rows, self.elbo)
+        self._look(rows)
 
 
 class _Run:

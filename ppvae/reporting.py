@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppvae import plots
-from ppvae.comparison import Comparison
 from ppvae.explanation import Explanation
+from ppvae.ledger import Comparison
 from ppvae.local import fit_per_datapoint
 from ppvae.preparing import Rows, Settings
 from ppvae.repairs import RepairCosts

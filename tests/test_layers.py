@@ -39,6 +39,7 @@ ROWS = [
     "refinement",
     "evidence",
     "diagnostics",
+    "ledger",
     "comparison",
     "explanation",
     "repairs",

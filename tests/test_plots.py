@@ -10,10 +10,13 @@ import numpy as np
 import pyro
 import pytest
 import torch
+import xarray
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 import ppvae
 from ppvae import pairs, plots
+from ppvae.explanation import PARTS
 from ppvae.families import Gamma, LogNormal
 from ppvae.isolation import forked_rng, private_store
 
@@ -27,7 +30,10 @@ def toy() -> SimpleNamespace:
     x = torch.tensor(ROWS, dtype=torch.float32)
     guide, model = guide.float(), model.float()
     comparison = ppvae.compare(model, guide, x, num_samples=200)
-    return SimpleNamespace(model=model, guide=guide, x=x, comparison=comparison)
+    with forked_rng(1):
+        other = pairs.exponential_gaussian(Gamma())[1].float()
+    several = ppvae.compare(model, {"one": guide, "other": other}, x, num_samples=200)
+    return SimpleNamespace(model=model, guide=guide, x=x, comparison=comparison, several=several)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +47,69 @@ def vae() -> SimpleNamespace:
         x=x.float(),
         shape=(3, 4),
         labels=[0, 1, 0, 2, 1, 0, 2],
+    )
+
+
+EXPLANATION = ppvae.Explanation(
+    xarray.Dataset(
+        {
+            "gap": ("part", [0.3, 0.1, -0.01, 0.08]),
+            "gap_stderr": ("part", [0.02, 0.01, 0.006, np.inf]),
+        },
+        coords={"part": list(PARTS)},
+        attrs={"amortization_gap": 0.47, "rows_measured": 1},
+    ),
+    cause="generalisation",
+    status="",
+    seconds=1.0,
+)
+# Name, kind, nats, their error, seconds once, seconds a row: much as for a VAE of the digits.
+REPAIRS = [
+    ("1 refinement step", "refinement", 0.44, 0.002, 0.03, 8e-4),
+    ("2 refinement steps", "refinement", 0.472, 0.002, 0.03, 8.3e-4),
+    ("4 refinement steps", "refinement", 0.477, 0.002, 0.04, 8.6e-4),
+    ("8 refinement steps", "refinement", 0.478, 0.002, 0.05, 9e-4),
+    ("16 refinement steps", "refinement", 0.478, 0.002, 0.05, 9.2e-4),
+    ("q* from the guide", "per datapoint", 0.487, 0.002, 0.35, 0.039),
+    ("q* cold", "per datapoint", 0.486, 0.002, 0.2, 0.026),
+    ("q* FullRankNormal(8)", "family", 0.71, 0.003, 0.36, 0.029),
+    ("500 steps of encoder training", "training", 0.13, 0.001, 2.6, 7e-7),
+    ("2,000 steps of encoder training", "training", 0.18, 0.001, 9.3, 7e-7),
+    ("resampling among 10 draws", "resampling", 0.635, 0.003, 2e-3, 1.3e-5),
+    ("resampling among 100 draws", "resampling", 0.77, 0.003, 3e-3, 1.2e-4),
+    ("resampling among 1,000 draws", "resampling", 0.796, 0.002, 4e-3, 2e-3),
+]
+COSTS = ppvae.RepairCosts(
+    xarray.Dataset(
+        {
+            name: ("repair", list(column))
+            for name, column in zip(
+                ("kind", "gain", "gain_stderr", "seconds_fixed", "seconds_per_row"),
+                list(zip(*REPAIRS, strict=True))[1:],
+                strict=True,
+            )
+        },
+        coords={"repair": [name for name, *_ in REPAIRS]},
+        attrs={"amortization_gap": 0.49, "inference_gap": 0.81, "rows": 300},
+    )
+)
+OUTCOMES = ("accepted", "refined", "refined", "given up", "refined")
+PREDICTED = [0.004, 0.3, 0.1, 2.5, 0.9]
+MEASURED = [0.006, 0.2, 0.25, 1.5, 1.1]
+
+
+def refined(predicted: list[float] = PREDICTED) -> ppvae.Refinement:
+    rows = torch.zeros(5)
+    return ppvae.Refinement(
+        guide=ppvae.PerDatapoint(LogNormal(), 5),
+        outcome=OUTCOMES,
+        reason=("",) * 5,
+        predicted_gap=torch.tensor(predicted, dtype=torch.float64),
+        remaining=rows,
+        gain=rows,
+        gain_stderr=rows,
+        evaluations=rows.long(),
+        seconds=1.0,
     )
 
 
@@ -177,6 +246,49 @@ def test_bars_of_several_comparisons_stand_under_their_names(toy: SimpleNamespac
         plots.gap_bars({})
 
 
+def test_bars_of_several_guides_stand_under_their_names(toy: SimpleNamespace) -> None:
+    ax = plots.gap_bars(toy.several, ax=axes())
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["one", "other"]
+    for container, gap in zip(ax.containers[1::2], ("approximation", "amortization"), strict=True):
+        means = [toy.several.mean(f"{gap}_gap", guide) for guide in ("one", "other")]
+        assert [bar.get_height() for bar in container] == pytest.approx([m for m, _ in means])
+        for bar, (_, stderr), whisker in zip(
+            container, means, container.errorbar.lines[2][0].get_segments(), strict=True
+        ):
+            middle = bar.get_x() + bar.get_width() / 2
+            assert whisker[:, 0] == pytest.approx([middle, middle])
+            assert whisker[1, 1] - whisker[0, 1] == pytest.approx(4 * stderr)
+    together = plots.gap_bars({"new": toy.several, "LogNormal()": toy.comparison}, ax=axes())
+    names = [tick.get_text() for tick in together.get_xticklabels()]
+    assert names == ["new\none", "new\nother", "LogNormal()"]
+
+
+@pytest.mark.parametrize("guide", ["one", "other"])
+def test_gaps_of_one_of_several_guides_are_its_own(toy: SimpleNamespace, guide: str) -> None:
+    own = toy.several.dataset.sel(guide=guide)
+    against = plots.gap_against(toy.several, toy.x, label="x", guide=guide, ax=axes())
+    in_order = plots.gap_sorted(toy.several, guide=guide, ax=axes())
+    for place, gap in enumerate(("approximation", "amortization")):
+        values = own[f"{gap}_gap"].values
+        x, drawn = against.containers[place].lines[0].get_data()
+        assert dict(zip(x.tolist(), drawn.tolist(), strict=True)) == pytest.approx(
+            dict(zip(ROWS, values, strict=True))
+        )
+        assert in_order.lines[place].get_ydata() == pytest.approx(np.sort(values))
+
+
+@pytest.mark.parametrize("guide", [None, "per_datapoint", "third"])
+def test_a_guide_has_to_be_one_of_those_given(toy: SimpleNamespace, guide: str | None) -> None:
+    known = r"expected one of \['one', 'other'\]; got"
+    with pytest.raises(ValueError, match=known):
+        plots.gap_against(toy.several, toy.x, label="x", guide=guide)
+    with pytest.raises(ValueError, match=known):
+        plots.gap_sorted(toy.several, guide=guide)
+    if guide is not None:
+        with pytest.raises(ValueError, match="expected one of"):
+            plots.gap_sorted(toy.comparison, guide=guide)
+
+
 def test_gaps_stand_above_the_covariate_of_their_datum(toy: SimpleNamespace) -> None:
     ax = plots.gap_against(toy.comparison, toy.x, label="x", ax=axes())
     dataset = toy.comparison.dataset
@@ -221,6 +333,131 @@ def test_the_two_gaps_differ_in_more_than_colour(toy: SimpleNamespace) -> None:
     assert len({c.lines[0].get_marker() for c in marks.containers}) == 2
     styles = plots.gap_sorted(toy.comparison, ax=axes())
     assert len({line.get_linestyle() for line in styles.lines[:2]}) == 2
+
+
+# --- What mends a gap ----------------------------------------------------------------------------
+
+
+def test_bars_of_an_explanation_are_its_parts() -> None:
+    ax = plots.explanation(EXPLANATION, ax=axes())
+    bars = ax.containers[-1]
+    ds = EXPLANATION.dataset
+    assert [bar.get_width() for bar in bars] == pytest.approx(ds["gap"].values)
+    labels = [tick.get_text() for tick in ax.get_yticklabels()]
+    for part, label in zip(PARTS, labels, strict=True):
+        assert label.startswith(part.replace("_", " ") + "\n")
+    # The first part is at the top.
+    assert ax.yaxis_inverted()
+    ends = [segment[:, 0] for segment in bars.errorbar.lines[2][0].get_segments()]
+    for end, value, stderr in zip(ends, ds["gap"].values, ds["gap_stderr"].values, strict=True):
+        wanted = [value - 2 * stderr, value + 2 * stderr] if np.isfinite(stderr) else [np.nan] * 2
+        assert end == pytest.approx(wanted, nan_ok=True)
+    assert "standard errors\n(nats per datum)" in ax.get_xlabel()
+    # The main cause alone is solid.
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("num_data", [None, 1, 1_000_000])
+def test_repairs_stand_at_their_seconds_and_nats(num_data: int | None) -> None:
+    ax = plots.repair_costs(COSTS, num_data=num_data, ax=axes())
+    count = num_data or 300
+    assert ax.get_xlabel() == f"seconds for {count:,} data"
+    assert ax.get_xscale() == "log"
+    kinds = list(dict.fromkeys(kind for _, kind, *_ in REPAIRS))
+    for container, kind in zip(ax.containers, kinds, strict=True):
+        own = [row for row in REPAIRS if row[1] == kind]
+        seconds, gain = container.lines[0].get_data()
+        assert seconds == pytest.approx([fixed + count * each for *_, fixed, each in own])
+        assert gain == pytest.approx([row[2] for row in own])
+        for whisker, row in zip(container.lines[2][0].get_segments(), own, strict=True):
+            assert whisker[1, 1] - whisker[0, 1] == pytest.approx(4 * row[3])
+    styles = [(c.lines[0].get_marker(), c.lines[0].get_color()) for c in ax.containers]
+    assert len({m for m, _ in styles}) == len({c for _, c in styles}) == len(kinds)
+    joined = [c.lines[0].get_linestyle() != "None" for c in ax.containers]
+    assert joined == [kind in ("refinement", "training", "resampling") for kind in kinds]
+
+
+def test_the_gaps_are_lines_with_names() -> None:
+    ax = plots.repair_costs(COSTS, ax=axes())
+    level = {line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1}
+    assert {0.0, 0.49, 0.81} <= level
+    named = {t.get_text(): t.xy[1] for t in ax.texts if isinstance(t, Annotation)}
+    assert (named["amortization gap"], named["total gap"]) == (0.49, 0.81)
+
+
+@pytest.mark.parametrize("num_data", [None, 1_000_000])
+@pytest.mark.parametrize("size", [(6.5, 4.6), (6.5, 4.2), (9, 6)])
+def test_labels_of_repairs_keep_clear_of_each_other(
+    size: tuple[float, float], num_data: int | None
+) -> None:
+    ax = Figure(figsize=size, layout="constrained").add_subplot()
+    plots.repair_costs(COSTS, num_data=num_data, ax=ax)
+    ax.figure.canvas.draw()
+    frames = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    assert len(frames) == len(ax.texts)
+    for name, frame in frames.items():
+        assert frame.x0 > ax.bbox.x0 - 1, name
+        assert frame.x1 < ax.bbox.x1 + 1, name
+        for other, its_frame in frames.items():
+            assert name == other or not frame.overlaps(its_frame), (name, other)
+    # Every repair is named: by its count, or by what q* it is.
+    shown = {part for name in frames for part in name.split(", ")}
+    assert shown == {
+        *("1", "2", "4", "8", "16", "500", "2,000", "10", "100", "1,000"),
+        *("from the guide", "cold", "FullRankNormal(8)", "amortization gap", "total gap"),
+    }
+    # Nothing lies under the legend, and the legend on nothing.
+    assert ax.get_legend().get_window_extent().y1 < ax.xaxis.label.get_window_extent().y0 + 1
+
+
+def test_repairs_without_a_finite_gain_are_not_drawn() -> None:
+    ds = COSTS.dataset.copy(deep=True)
+    ds["gain"][:5] = np.inf
+    ds.attrs["amortization_gap"] = ds.attrs["inference_gap"] = np.inf
+    ax = plots.repair_costs(ppvae.RepairCosts(ds), ax=axes())
+    assert len(ax.containers) == 4
+    assert "total gap" not in [text.get_text() for text in ax.texts]
+
+
+def test_repair_costs_need_data() -> None:
+    with pytest.raises(ValueError, match="num_data must be at least 1; got 0"):
+        plots.repair_costs(COSTS, num_data=0)
+
+
+@pytest.mark.parametrize("measured", [MEASURED, torch.tensor(MEASURED), np.array(MEASURED)])
+def test_predicted_gaps_stand_over_measured_ones(measured: Any) -> None:
+    ax = plots.refinement(refined(), measured, ax=axes())
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("measured gap (nats)", "predicted gap (nats)")
+    labels = ["accepted: 1 row", "refined: 3 rows", "given up: 1 row"]
+    for points, label in zip(ax.collections, labels, strict=True):
+        own = [row for row, outcome in enumerate(OUTCOMES) if label.startswith(outcome)]
+        assert points.get_label() == label
+        wanted = [(MEASURED[row], PREDICTED[row]) for row in own]
+        np.testing.assert_allclose(points.get_offsets(), wanted, rtol=1e-6)
+    (diagonal,) = ax.lines
+    assert (diagonal.get_xdata() == diagonal.get_ydata()).all()
+    assert ax.get_xlim() == ax.get_ylim()
+    # Ranks 0 2 1 4 3 against 0 1 2 4 3: ρ = 1 − 6 Σd² / (n (n² − 1)) = 1 − 12 / 120.
+    assert ax.get_legend().get_title().get_text() == "rank correlation 0.90"
+
+
+def test_gaps_that_are_not_positive_or_not_finite() -> None:
+    measured = [-0.002, 0.2, 0.0, np.nan, 1.1]
+    ax = plots.refinement(refined(), measured, ax=axes())
+    assert ax.get_xscale() == ax.get_yscale() == "symlog"
+    low, high = ax.get_xlim()
+    assert low < -0.002
+    assert high > 1.1
+    title = ax.get_legend().get_title().get_text()
+    assert title == "rank correlation 1.00\nleft out, not finite: 1 of 5 rows"
+    ax.figure.canvas.draw()
+    alike = plots.refinement(refined([0.5] * 5), [0.1] * 5, ax=axes())
+    assert alike.get_legend().get_title().get_text() == ""
+    with pytest.raises(ValueError, match=r"expected shape \(5,\), a gap for each row; got \(2,\)"):
+        plots.refinement(refined(), [0.1, 0.2])
+    with pytest.raises(ValueError, match="no row has both"):
+        plots.refinement(refined([np.inf] * 5), MEASURED)
 
 
 # --- Images ------------------------------------------------------------------------------------
@@ -306,6 +543,9 @@ EVERY: dict[str, Callable[[SimpleNamespace, SimpleNamespace, Any], Any]] = {
     "gap_against": lambda t, v, ax: plots.gap_against(t.comparison, t.x, label="x", ax=ax),
     "gap_bars": lambda t, v, ax: plots.gap_bars(t.comparison, ax=ax),
     "gap_sorted": lambda t, v, ax: plots.gap_sorted(t.comparison, ax=ax),
+    "explanation": lambda t, v, ax: plots.explanation(EXPLANATION, ax=ax),
+    "repair_costs": lambda t, v, ax: plots.repair_costs(COSTS, ax=ax),
+    "refinement": lambda t, v, ax: plots.refinement(refined(), MEASURED, ax=ax),
     "samples": lambda t, v, ax: plots.samples(v.model, v.shape, ax=ax),
     "reconstructions": lambda t, v, ax: plots.reconstructions(
         v.model, v.guide, v.x, v.shape, ax=ax
@@ -317,13 +557,16 @@ each_plot = pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY.keys())
 
 
 def test_every_public_function_is_in_the_list() -> None:
+    drawing = [getattr(plots, room) for room in ("gaps", "images", "mending", "toy")]
     public = {
         name
-        for name, value in vars(plots).items()
+        for room in drawing
+        for name, value in vars(room).items()
         if callable(value)
         and not name.startswith("_")
-        and getattr(value, "__module__", "") == plots.__name__
+        and getattr(value, "__module__", "") == room.__name__
     }
+    assert public == set(plots.__all__)
     assert public == set(EVERY)
 
 

@@ -1,0 +1,46 @@
+r"""Variational families: which distributions over z are allowed.
+
+A family turns a row of unconstrained numbers λ into a distribution. Where λ comes from, a network
+or a table, is the guide's business (`ppvae.guides`): swapping only the source isolates
+amortization, swapping only the family isolates approximation.
+
+λ = 0 is each family's neutral member, the cold start of per-datapoint fits: a standard normal, a
+standard log-normal, an exponential with rate 1, the truncated standard normal.
+"""
+
+from ppvae.families.base import BUILT_IN, Family, GaussianFamily, innermost
+from ppvae.families.composed import (
+    DistributionFamily,
+    Transformed,
+    TransformedGaussian,
+    argument_names,
+    same_family,
+    transformed,
+)
+from ppvae.families.named import (
+    DiagonalNormal,
+    FullRankNormal,
+    Gamma,
+    LogNormal,
+    TruncatedNormal,
+    Weibull,
+)
+
+__all__ = [
+    "BUILT_IN",
+    "DiagonalNormal",
+    "DistributionFamily",
+    "Family",
+    "FullRankNormal",
+    "Gamma",
+    "GaussianFamily",
+    "LogNormal",
+    "Transformed",
+    "TransformedGaussian",
+    "TruncatedNormal",
+    "Weibull",
+    "argument_names",
+    "innermost",
+    "same_family",
+    "transformed",
+]

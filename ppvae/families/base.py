@@ -1,0 +1,161 @@
+"""What a variational family is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints, transforms
+
+from ppvae.density import LatentSite, support_name
+
+
+class Family(ABC):
+    """A set of distributions over the latent variable of one datum.
+
+    Args:
+        latent_dim: Size of a vector-valued latent, `None` for a scalar one.
+
+    Attributes:
+        latent_dim: As given.
+        num_params: Size of a row λ.
+        event_shape: ``()`` or ``(latent_dim,)``.
+        support: torch's constraint on the values.
+    """
+
+    support: Any = constraints.real
+    _params_per_latent = 2
+
+    def __init__(self, latent_dim: int | None = None) -> None:
+        if latent_dim is not None and latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, or None; got {latent_dim}.")
+        self.latent_dim = latent_dim
+
+    @property
+    def size(self) -> int:
+        """Number of latent elements of one datum."""
+        return 1 if self.latent_dim is None else self.latent_dim
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of the latent variable of one datum."""
+        return () if self.latent_dim is None else (self.latent_dim,)
+
+    @property
+    def num_params(self) -> int:
+        """Size of a row of parameters."""
+        return self._params_per_latent * self.size
+
+    def distribution(self, params: Tensor) -> Any:
+        """The member with these parameters.
+
+        Args:
+            params: λ, ``(*batch, num_params)``.
+
+        Returns:
+            A Pyro distribution with batch shape ``batch`` and event shape `event_shape`.
+        """
+        if params.shape[-1] != self.num_params:
+            raise ValueError(
+                f"{self!r}: expected {self.num_params} parameters a row; got shape "
+                f"{tuple(params.shape)}. Give the encoder family.num_params outputs."
+            )
+        return self._build(params)
+
+    @abstractmethod
+    def _build(self, params: Tensor) -> Any: ...
+
+    @abstractmethod
+    def params_of(self, member: Any) -> Tensor:
+        """λ of a member given as a Pyro distribution: the inverse of `distribution`."""
+
+    def _two(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The two halves of λ, each in the latent's shape."""
+        first, second = params.chunk(2, dim=-1)
+        if self.latent_dim is None:
+            return first.squeeze(-1), second.squeeze(-1)
+        return first, second
+
+    def _join(self, first: Tensor, second: Tensor) -> Tensor:
+        if self.latent_dim is None:
+            return torch.stack([first, second], dim=-1)
+        return torch.cat([first, second], dim=-1)
+
+    def _event(self, fn: Any) -> Any:
+        return fn if self.latent_dim is None else fn.to_event(1)
+
+    def check_site(self, site: LatentSite) -> None:
+        """Refuse a latent site whose support or shape is not this family's.
+
+        Raises:
+            ValueError: Naming the family, the site and both supports or shapes.
+        """
+        ours, theirs = support_name(self.support), support_name(site.support)
+        if ours != theirs:
+            raise ValueError(
+                f"Site {site.name!r}: {self!r} has support {ours!r} but the model's prior, "
+                f"{site.family}, has support {theirs!r}. Choose a family on {theirs!r}: "
+                f"{families_on(theirs)}."
+            )
+        if tuple(site.event_shape) != self.event_shape:
+            size = site.event_shape[0] if site.event_shape else None
+            raise ValueError(
+                f"Site {site.name!r}: expected a family with event shape "
+                f"{tuple(site.event_shape)}; got {self!r} with {self.event_shape}. "
+                f"Use {type(self).__name__}({'' if size is None else size})."
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'' if self.latent_dim is None else self.latent_dim})"
+
+
+class GaussianFamily(Family):
+    """A Gaussian over the reals, seen through a fixed bijection: what natural gradients need.
+
+    Attributes:
+        bijection: torch's transform from the reals onto the support, element by element.
+        full_rank: Whether the Gaussian has a full covariance.
+    """
+
+    bijection: Any = transforms.identity_transform
+    full_rank = False
+
+    @abstractmethod
+    def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``(*batch, size)`` and Cholesky factor ``(*batch, size, size)`` of λ."""
+
+    @abstractmethod
+    def from_gaussian(self, loc: Tensor, tril: Tensor) -> Tensor:
+        """λ of a mean and a Cholesky factor: the inverse of `gaussian`."""
+
+    def from_normal(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent z at the Gaussian's value ``u``, and log |dz/du|.
+
+        Args:
+            u: ``(*batch, size)``.
+
+        Returns:
+            z ``(*batch, *event_shape)`` and the log determinant ``(*batch,)``.
+        """
+        z = self.bijection(u)
+        jacobian: Tensor = self.bijection.log_abs_det_jacobian(u, z).sum(-1)
+        return (z.squeeze(-1) if self.latent_dim is None else z), jacobian
+
+
+def innermost(fn: Any) -> Any:
+    """The distribution inside of `Independent`, `ExpandedDistribution` and masks."""
+    while type(fn).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
+        fn = fn.base_dist
+    return fn
+
+
+BUILT_IN: dict[type, type[Family]] = {}
+"""The family of each distribution class that has one of its own; filled where they are defined."""
+
+
+def families_on(support: str) -> str:
+    """The names of the families on a support, for messages."""
+    names = [f.__name__ for f in BUILT_IN.values() if support_name(f.support) == support]
+    return ", ".join(names) if names else "none is built in; see ppvae.families.DistributionFamily"

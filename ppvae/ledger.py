@@ -1,0 +1,377 @@
+"""The ledger of a comparison: its figures, and what they say in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.density import Program
+from ppvae.evidence import Estimate
+from ppvae.local import LocalFit
+
+if TYPE_CHECKING:
+    import xarray
+
+GAPS = ("approximation_gap", "amortization_gap", "inference_gap")
+# Nats: smaller gaps are rounding, and no reader's business.
+_NEGLIGIBLE = 1e-4
+_WORST = 5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The ledger: what is lost against log p(x), where, and with what error.
+
+    Attributes:
+        dataset: An `xarray.Dataset` over ``data``, all in nats: ``log_evidence``; ``elbo`` and
+            ``pareto_k`` over ``guide`` too; ``approximation_gap``, ``amortization_gap`` and
+            ``inference_gap``; each with a ``…_stderr``. Each gap has a ``…_bound``:
+            ``"estimate"``, or the side on which the figure lies of the gap (``"lower"``,
+            ``"upper"``, ``"none"`` where neither is known), as where q* has not converged. Of q*:
+            ``converged``, ``steps``, ``predicted_gain``, ``grad_snr``, ``restart_gain``. Of each
+            guide: ``active_units``. The settings and the seconds are in its attributes. Where
+            several guides or families were given, the gaps and what is said of q* are over
+            ``guide`` too, whose coordinates ``family`` and ``source`` say what each is.
+        model: The model.
+        guides: The guides that were given, by name.
+        x: The rows.
+        local_fits: The per-datapoint fits, by the name of their family.
+    """
+
+    dataset: xarray.Dataset
+    model: Program
+    guides: Mapping[str, Program]
+    x: Tensor
+    local_fits: Mapping[str, LocalFit]
+    _covariance: Mapping[tuple[str, str], Tensor] = field(repr=False)
+
+    @property
+    def local(self) -> LocalFit:
+        """The per-datapoint fit in the first guide's family."""
+        return next(iter(self.local_fits.values()))
+
+    @property
+    def several(self) -> bool:
+        """Whether the gaps are over ``guide``."""
+        return "guide" in self.dataset["amortization_gap"].dims
+
+    def mean(self, name: str, guide: str | None = None) -> tuple[float, float]:
+        """Mean over the data of a variable, and its standard error.
+
+        The error is Monte Carlo error for these data; how they scatter is the variable's own
+        spread.
+
+        Args:
+            name: Such as ``"amortization_gap"`` or ``"log_evidence"``.
+            guide: Which guide, for a variable that is over ``guide``.
+
+        Raises:
+            ValueError: If a guide is needed or unknown (the known ones are named).
+        """
+        value, stderr = self.dataset[name], self.dataset[f"{name}_stderr"]
+        if "guide" in value.dims:
+            self._check_names(guide)
+            value, stderr = value.sel(guide=guide), stderr.sel(guide=guide)
+        return float(value.mean()), float((stderr**2).sum()) ** 0.5 / value.sizes["data"]
+
+    def difference(self, one: str, other: str) -> Estimate:
+        """ELBO of one guide minus that of another, per datum, with the error of the difference.
+
+        Both were estimated with common random numbers, so that their noise cancels in part.
+
+        Args:
+            one: Name of a guide, a value of ``dataset["guide"]``.
+            other: Name of another.
+
+        Raises:
+            ValueError: If a name is unknown.
+        """
+        self._check_names(one, other)
+        first, second = (
+            torch.as_tensor(self.dataset["elbo"].sel(guide=g).values) for g in (one, other)
+        )
+        return Estimate(first - second, self._covariance[one, other].sqrt(), "exact", "difference")
+
+    def _check_names(self, *names: str | None) -> None:
+        known = self.dataset["guide"].values.tolist()
+        for name in names:
+            if name not in known:
+                raise ValueError(f"guide: expected one of {known}; got {name!r}.")
+
+    def guide_name(self, guide: str | None) -> str:
+        """The name of a given guide; of the only one if left out.
+
+        Raises:
+            ValueError: If the name is unknown, or left out where there are several.
+        """
+        names = list(self.guides)
+        if guide is None and len(names) == 1:
+            return names[0]
+        if guide not in names:
+            raise ValueError(f"guide: expected one of {names}; got {guide!r}.")
+        return guide
+
+    def worst(self, count: int = _WORST) -> Tensor:
+        """The numbers of the rows with the largest inference gap, the largest first.
+
+        Args:
+            count: How many; of several guides the first is meant.
+        """
+        gap = self.dataset["inference_gap"]
+        values = gap.isel(guide=0).values if self.several else gap.values
+        return torch.as_tensor(np.argsort(-np.nan_to_num(values, nan=np.inf))[:count].copy())
+
+    def verdict(self) -> str:
+        """What dominates and which repair it calls for, in words."""
+        if not self.several:
+            return _verdict(self, "amortized", repairs=True)
+        return "\n".join(f"{name}: {_verdict(self, name)}" for name in self.guides)
+
+    def __str__(self) -> str:
+        ds, attrs = self.dataset, self.dataset.attrs
+        kind = {
+            "exact": "closed form",
+            "quadrature": "numerical integral",
+            "iwae": "importance-weighted: a lower bound, and so the approximation gap is one",
+        }[attrs["evidence_kind"]]
+        head = [
+            *self._collapse(),
+            f"Inference gap of {ds.sizes['data']} data, in nats a datum:",
+        ]
+        table = self._wide(kind) if self.several else self._tall(kind)
+        return "\n".join(
+            [*head, *table, "", *self._checked(), "", *self._worst_rows(), self.verdict()]
+        )
+
+    def _collapse(self) -> list[str]:
+        """A latent that nobody uses is said before any gap is praised."""
+        units, lines = self.dataset["active_units"], []
+        total = self.dataset.attrs["latent_units"]
+        free = [n for n in units["guide"].values if n not in self.guides]
+        most = max(float(units.sel(guide=n)) for n in free)
+        for name in self.guides:
+            if float(units.sel(guide=name)) == 0 and most == 0:
+                lines.append(
+                    f"COLLAPSED: no latent dimension of {total} is active, for q* neither: the "
+                    f"model does not use its latent, and a small gap is no merit."
+                )
+                break
+            if float(units.sel(guide=name)) == 0:
+                which = f"the guide {name!r}" if self.several else "your guide"
+                lines.append(
+                    f"COLLAPSED: no latent dimension of {total} is active under {which}, which "
+                    f"says the same of every datum; under q* {most:.0f} are."
+                )
+        return [*lines, ""] if lines else []
+
+    def _tall(self, kind: str) -> list[str]:
+        ds = self.dataset
+        rows = [
+            "mean ± its Monte Carlo error, and the standard deviation (sd) over the data",
+            "",
+            f"  log p(x)                    {self._cell('log_evidence')}   {kind}",
+        ]
+        for guide, label in (("per_datapoint", "best per datum, q*"), ("amortized", "your guide")):
+            rows.append(f"  ELBO, {label:<22}{self._cell('elbo', guide)}")
+        rows.append("")
+        for gap, label in zip(GAPS, ("approximation", "amortization", "total"), strict=True):
+            count = _significant(ds[gap].values, ds[f"{gap}_stderr"].values)
+            side = _side(ds[f"{gap}_bound"].values)
+            rows.append(f"  gap, {label:<20}{side:>3}{self._cell(gap)}   {count}")
+        return rows
+
+    def _cell(self, name: str, guide: str | None = None) -> str:
+        value = self.dataset[name]
+        mean, error = self.mean(name, guide)
+        if guide is not None:
+            value = value.sel(guide=guide)
+        mean = round(mean, 4) + 0.0  # No minus before a zero.
+        with np.errstate(invalid="ignore"):  # A row without a finite ELBO leaves no sd.
+            return f"{mean:10.4f} ± {error:.4f} (sd {float(value.std()):.3f})"
+
+    def _wide(self, kind: str) -> list[str]:
+        ds = self.dataset
+        mean, error = self.mean("log_evidence")
+        lines = [
+            "mean ± its Monte Carlo error",
+            "",
+            f"  log p(x)  {mean:.4f} ± {error:.4f}   {kind}",
+            "",
+        ]
+        header = ("guide", "family", "ELBO", "approximation", "amortization", "total", "active")
+        rows = [header]
+        for name in ds["guide"].values.tolist():
+            cells = [name, str(ds["family"].sel(guide=name).item())]
+            for column in ("elbo", *GAPS):
+                mean, error = self.mean(column, name)
+                side = (
+                    "" if column == "elbo" else _side(ds[f"{column}_bound"].sel(guide=name).values)
+                )
+                cells.append(f"{side}{round(mean, 4) + 0.0:.4f} ± {error:.4f}")
+            cells[4] = cells[4] if name in self.guides else "–"
+            units = float(ds["active_units"].sel(guide=name))
+            cells.append(f"{units:.0f} of {ds.attrs['latent_units']}")
+            rows.append(tuple(cells))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines += [
+            "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return lines
+
+    def _number(self, row: int) -> int:
+        """The number of a row, as its coordinate ``row`` has it where there is one."""
+        return int(self.dataset["row"][row]) if "row" in self.dataset.coords else row
+
+    def _worst_rows(self) -> list[str]:
+        ds = self.dataset.isel(guide=0) if self.several else self.dataset
+        rows = [
+            f"{self._number(row)} ({float(ds['inference_gap'][row]):.2f} ± "
+            f"{float(ds['inference_gap_stderr'][row]):.2f})"
+            for row in self.worst().tolist()
+        ]
+        of = f" under {next(iter(self.guides))!r}" if self.several else ""
+        return [f"Worst rows{of}, by total gap: {', '.join(rows)}."]
+
+    def _checked(self) -> list[str]:
+        attrs = self.dataset.attrs
+        lines = [self._fairness()]
+        for name, fit in self.local_fits.items():
+            done, count = int(fit.converged.sum()), len(fit.converged)
+            of = f" ({name})" if len(self.local_fits) > 1 else ""
+            text = f"q*{of} converged in {done} of {count} rows"
+            restarted = int((fit.restart_gain > _NEGLIGIBLE).sum())
+            lines.append(f"{text}; another start was better than the first in {restarted}.")
+            if done < count:
+                lines.append(
+                    "  In the others the amortization gap is at least what is shown, and the "
+                    "approximation gap is not known so well: raise max_steps."
+                )
+        return [*lines, *self._warnings(), *self._costs(attrs)]
+
+    def _fairness(self) -> str:
+        attrs = self.dataset.attrs
+        same = attrs["family"] == attrs["guide_family"]
+        if self.several:
+            which = "each guide and its q* of one family"
+        else:
+            which = f"both guides {attrs['family']}" if same else "two families"
+        text = (
+            f"Checked: {which}, one estimator, {attrs['num_samples']} common draws, the same rows, "
+            f"model frozen in eval mode, its density not random and row by row."
+        )
+        if not same and not self.several:
+            text += (
+                f"\nThe guide is {attrs['guide_family']}, q* the best {attrs['family']}: the "
+                f"amortization gap holds the difference between the families too."
+            )
+        return text
+
+    def _warnings(self) -> list[str]:
+        ds, attrs, lines = self.dataset, self.dataset.attrs, []
+        for name in self.guides:
+            empty = int((~np.isfinite(ds["elbo"].sel(guide=name))).sum())
+            if empty:
+                which = f"the guide {name!r}" if self.several else "the guide"
+                lines.append(
+                    f"In {empty} row{'s' * (empty > 1)} {which} draws outside of the prior's "
+                    f"support or overflows: no finite ELBO, and no finite mean."
+                )
+        threshold = attrs["pareto_k_threshold"]
+        free = [n for n in ds["guide"].values if n not in self.guides]
+        heavy = np.flatnonzero(ds["pareto_k"].sel(guide=free).min("guide").values > threshold)
+        if attrs["evidence_kind"] == "iwae" and len(heavy):
+            which = ", ".join(str(self._number(row)) for row in heavy[:5]) + (
+                ", …" if len(heavy) > 5 else ""
+            )
+            lines.append(
+                f"Weights with heavy tails (Pareto k-hat above {threshold:.2f}) in {len(heavy)} of "
+                f"{ds.sizes['data']} data ({which}): log p(x) may be short there by more than its "
+                f"error. Compare with a run with more evidence_samples."
+            )
+        if attrs["ignored_scales"]:
+            lines.append(
+                f"The model scales the log density of {attrs['ignored_scales']}; the gaps are "
+                f"those of the model without the scale."
+            )
+        return lines
+
+    def _costs(self, attrs: Mapping[str, Any]) -> list[str]:
+        seconds = {k: v for k, v in attrs.items() if k.startswith("seconds_")}
+        spent = ", ".join(
+            f"{k.removeprefix('seconds_').replace('_', ' ')} {v:.1f}" for k, v in seconds.items()
+        )
+        lines = [f"Seconds: {spent}."]
+        if math.isfinite(attrs["break_even"]):
+            count = self.dataset.sizes["data"]
+            per_row = attrs["seconds_local_fit"] / count
+            lines.append(
+                f"Fitting q* took {1000 * per_row:.3g} ms a datum, {count} at a time; training the "
+                f"model and the guide took as long as {attrs['break_even']:,.0f} such fits."
+            )
+        return lines
+
+    __repr__ = __str__
+
+
+def _significant(gap: Any, stderr: Any) -> str:
+    """How many rows have a gap that is not noise."""
+    beyond = np.maximum(2 * stderr, _NEGLIGIBLE)
+    with np.errstate(invalid="ignore"):
+        above, below = int((gap > beyond).sum()), int((gap < -beyond).sum())
+    text = f"clearly above 0 in {above} of {len(gap)}"
+    return text + (f", below in {below}" if below else "")
+
+
+def _side(bounds: Any) -> str:
+    """The sign before a mean of which some rows are bounds."""
+    kinds = set(np.unique(bounds)) - {"estimate"}
+    if kinds <= {"lower"}:
+        return "≥ " if kinds else ""
+    return "≤ " if kinds == {"upper"} else "~ "
+
+
+def _verdict(comparison: Comparison, guide: str, *, repairs: bool = False) -> str:
+    ds, attrs = comparison.dataset, comparison.dataset.attrs
+    (approximation, its_error), (amortization, error), (total, total_error) = (
+        comparison.mean(gap, guide) for gap in GAPS
+    )
+    if not all(map(math.isfinite, (approximation, amortization, total))):
+        return "Some rows have no finite ELBO: mend the guide's support there before all else."
+    if amortization <= max(2 * error, _NEGLIGIBLE) and approximation <= max(
+        2 * its_error, _NEGLIGIBLE
+    ):
+        return (
+            f"No gap beyond its error: the guide is within {max(total, 0) + 2 * total_error:.2g} "
+            f"nats a datum of log p(x)."
+        )
+    if total_error > 0.5 * abs(total):
+        return (
+            f"The gap of {total:.3g} nats is hardly told from its error of {total_error:.2g}: "
+            f"raise num_samples. If that does not help the ELBO is infinite, as under a guide with "
+            f"tails that the model cannot bear."
+        )
+    if amortization >= approximation:
+        share = min(amortization / total, 1.0) if total > 0 else 1.0
+        text = f"Amortization dominates, {share:.0%} of the gap"
+        per_row = 1000 * attrs["seconds_local_fit"] / ds.sizes["data"]
+        if repairs:
+            text += (
+                f": fitting q* brings back {amortization:.3g} nats a datum at {per_row:.3g} ms "
+                f"each, or ppvae.refine mends the worst rows first; ppvae.explain tells whether "
+                f"training, width or inputs are missing"
+            )
+        return f"{text}."
+    text = f"The family dominates, {min(approximation / total, 1.0):.0%} of the gap"
+    if repairs:
+        text += (
+            f": no encoder brings back these {approximation:.3g} nats a datum, a richer family "
+            f"may; families=[...] measures it"
+        )
+    return f"{text}."

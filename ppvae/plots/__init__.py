@@ -1,0 +1,26 @@
+"""Figures: one function each, which draws a result into an axes and gives that axes back.
+
+A figure is as wide as its axes and has no title of its own where the caller can say more. Lines
+differ in style and marks in shape, so that nothing rests on colour alone; the colours are those of
+Okabe & Ito (2008), which colour-blind readers can tell apart. Matplotlib's settings stay as they
+are.
+"""
+
+from ppvae.plots.gaps import gap_against, gap_bars, gap_sorted
+from ppvae.plots.images import latent_grid, latent_scatter, reconstructions, samples
+from ppvae.plots.mending import explanation, refinement, repair_costs
+from ppvae.plots.toy import toy_posterior
+
+__all__ = [
+    "explanation",
+    "gap_against",
+    "gap_bars",
+    "gap_sorted",
+    "latent_grid",
+    "latent_scatter",
+    "reconstructions",
+    "refinement",
+    "repair_costs",
+    "samples",
+    "toy_posterior",
+]

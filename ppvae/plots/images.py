@@ -1,0 +1,246 @@
+"""A VAE's images and latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppvae.density import judging
+from ppvae.guides import Amortized
+from ppvae.isolation import check_rows
+from ppvae.models import VAE
+from ppvae.plots.style import BLUE, MANY, axes_or_new, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def samples(
+    model: VAE,
+    event_shape: Sequence[int],
+    *,
+    rows: int = 6,
+    columns: int = 10,
+    seed: int = 0,
+    ax: Axes | None = None,
+) -> Axes:
+    """Means of x for draws of z from the prior, as a sheet of images.
+
+    Args:
+        model: A trained model.
+        event_shape: Height and width of an image.
+        rows: Number of images in a column of the sheet.
+        columns: Number of images in a row of the sheet.
+        seed: Seed of the draws; the caller's generators are left as they were.
+        ax: Where to draw; a new figure if left out. Pixels outside of [0, 1] are drawn as the
+            nearer of the two.
+
+    Raises:
+        ValueError: If ``event_shape`` is not that of the model's rows.
+
+    Example:
+        >>> import ppvae
+        >>> model, _ = ppvae.pairs.vae(x_dim=64, z_dim=8, hidden=[16])
+        >>> ax = samples(model, (8, 8), rows=2, columns=3)
+        >>> ax.get_title()
+        'means of x for draws of z from the prior'
+    """
+    shape = _image_shape(event_shape, model.x_dim)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"rows and columns must be at least 1; got {rows} and {columns}.")
+    like = _like(model)
+    with judging(seed, like, model):
+        images = model.decode(torch.randn(rows * columns, model.z_dim).to(like))
+    ax = _sheet(axes_or_new(ax, 0.5 * columns, 0.5 * rows + 0.3), images, shape, columns)
+    ax.set_title("means of x for draws of z from the prior", fontsize="medium")
+    return ax
+
+
+def reconstructions(
+    model: VAE,
+    guide: Amortized,
+    x: Tensor,
+    event_shape: Sequence[int],
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Images above their reconstructions: the mean of x at the mean of q(z | x).
+
+    Args:
+        model: A trained model.
+        guide: Its guide.
+        x: The images, ``(batch, x_dim)``; a column for each.
+        event_shape: Height and width of an image.
+        ax: Where to draw; a new figure if left out. Pixels outside of [0, 1] are drawn as the
+            nearer of the two.
+
+    Raises:
+        ValueError: If the rows are unfit, or ``event_shape`` is not theirs.
+
+    Example:
+        >>> import torch, ppvae
+        >>> model, guide = ppvae.pairs.vae(x_dim=64, z_dim=8, hidden=[16])
+        >>> ax = reconstructions(model, guide, torch.zeros(5, 64), (8, 8))
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['image', 'reconstruction']
+    """
+    check_rows(x, model, guide)
+    shape = _image_shape(event_shape, x[0].numel())
+    with judging(0, x, model, guide), torch.no_grad():
+        means = model.decode(_posterior_means(guide, x))
+    both = torch.cat([x, means])
+    ax = _sheet(axes_or_new(ax, 0.5 * len(x) + 1, 1.4), both, shape, len(x))
+    ax.set_yticks([0.5 * shape[0], 1.5 * shape[0] + 1], ["image", "reconstruction"])
+    ax.tick_params(length=0)
+    return ax
+
+
+def latent_scatter(
+    guide: Amortized,
+    x: Tensor,
+    labels: Tensor | Sequence[Any] | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Means of q(z | x) of a two-dimensional latent, each drawn as its label.
+
+    Args:
+        guide: The trained guide.
+        x: Rows, ``(batch, *event)``.
+        labels: ``(batch,)``, such as classes; a dot for each row if left out.
+        ax: Where to draw; a new figure if left out.
+
+    Raises:
+        ValueError: If the latent is not two-dimensional, or there is not a label for each row.
+
+    Example:
+        >>> import torch, ppvae
+        >>> _, guide = ppvae.pairs.vae(x_dim=64, z_dim=2, hidden=[16])
+        >>> ax = latent_scatter(guide, torch.zeros(4, 64), labels=[0, 1, 0, 2])
+        >>> len(ax.collections)
+        3
+    """
+    if guide.family.event_shape != (2,):
+        raise ValueError(
+            f"latent_scatter draws a two-dimensional latent; {guide.family!r} has event shape "
+            f"{guide.family.event_shape}. Build the pair with z_dim=2."
+        )
+    check_rows(x, guide)
+    with judging(0, x, guide), torch.no_grad():
+        means = _posterior_means(guide, x).cpu().numpy()
+    ax = axes_or_new(ax, 5.0, 5.0)
+    if labels is None:
+        ax.scatter(means[:, 0], means[:, 1], s=10, color=BLUE)
+    else:
+        classes = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+        if classes.shape != (len(x),):
+            raise ValueError(
+                f"labels: expected shape {(len(x),)}, one for each row; got {classes.shape}."
+            )
+        for index, label in enumerate(np.unique(classes)):
+            ax.scatter(
+                means[classes == label, 0],
+                means[classes == label, 1],
+                marker=f"${label}$",
+                s=36,
+                linewidths=0.3,
+                color=MANY[index % len(MANY)],
+                label=str(label),
+            )
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_xlabel("mean of $z_1$")
+    ax.set_ylabel("mean of $z_2$")
+    return styled(ax, legend=False)
+
+
+def latent_grid(
+    model: VAE, event_shape: Sequence[int], *, size: int = 11, ax: Axes | None = None
+) -> Axes:
+    r"""Means of x over a grid of a two-dimensional latent, spaced evenly in the prior.
+
+    The grid's coordinates are the quantiles :math:`\Phi^{-1}((i + \frac12) / n)` of the standard
+    normal prior, so that each image stands for the same share of it; z₁ rises to the right and z₂
+    upwards.
+
+    Args:
+        model: A trained model.
+        event_shape: Height and width of an image.
+        size: Number n of images on a side.
+        ax: Where to draw; a new figure if left out. Pixels outside of [0, 1] are drawn as the
+            nearer of the two.
+
+    Raises:
+        ValueError: If the latent is not two-dimensional, or ``event_shape`` is not that of the
+            model's rows.
+
+    Example:
+        >>> import ppvae
+        >>> model, _ = ppvae.pairs.vae(x_dim=64, z_dim=2, hidden=[16])
+        >>> ax = latent_grid(model, (8, 8), size=4)
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('$z_1$', '$z_2$')
+    """
+    if model.z_dim != 2:
+        raise ValueError(
+            f"latent_grid draws a two-dimensional latent; the model has z_dim={model.z_dim}. "
+            f"Build the pair with z_dim=2."
+        )
+    if size < 1:
+        raise ValueError(f"size must be at least 1; got {size}.")
+    shape = _image_shape(event_shape, model.x_dim)
+    like = _like(model)
+    share = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    quantiles = torch.special.ndtri(share)
+    down, right = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
+    with judging(0, like, model):
+        images = model.decode(torch.stack([right, down], dim=-1).reshape(-1, 2).to(like))
+    ax = _sheet(axes_or_new(ax, 5.0, 5.0), images, shape, size)
+    shown = sorted({0, size // 4, size // 2, (3 * size) // 4, size - 1})
+    names = [f"{float(quantiles[i]):.1f}" for i in shown]
+    height, width = shape[0] + 1, shape[1] + 1
+    ax.set_xticks([i * width + 0.5 * shape[1] for i in shown], names)
+    ax.set_yticks([(size - 1 - i) * height + 0.5 * shape[0] for i in shown], names)
+    ax.set_xlabel("$z_1$")
+    ax.set_ylabel("$z_2$")
+    return ax
+
+
+def _like(model: VAE) -> Tensor:
+    """A tensor of the model's dtype and device."""
+    return next((p.detach() for p in model.parameters()), torch.zeros(()))
+
+
+def _posterior_means(guide: Amortized, x: Tensor) -> Tensor:
+    means: Tensor = guide.family.distribution(guide.params(x)).mean
+    return means
+
+
+def _image_shape(event_shape: Sequence[int], x_dim: int) -> tuple[int, int]:
+    if len(event_shape) != 2 or math.prod(event_shape) != x_dim:
+        raise ValueError(
+            f"event_shape: expected the height and width of an image of {x_dim} pixels; got "
+            f"{tuple(event_shape)}."
+        )
+    return int(event_shape[0]), int(event_shape[1])
+
+
+def _sheet(ax: Axes, images: Tensor, shape: tuple[int, int], columns: int) -> Axes:
+    """Draw images side by side, ``columns`` to a row, with a line of one pixel between them."""
+    height, width = shape
+    rows = math.ceil(len(images) / columns)
+    sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
+    for index, image in enumerate(images.cpu().double().numpy()):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        sheet[top : top + height, left : left + width] = image.reshape(height, width)
+    extent = (0, sheet.shape[1], sheet.shape[0], 0)
+    ax.set_facecolor("#b5d0e6")
+    ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    return ax
