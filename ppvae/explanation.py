@@ -211,7 +211,8 @@ def explain(
     }
     total = _mean(gap)
     dataset = _dataset(values, longer, wider, total[0], len(rows.measured))
-    dataset.attrs["sees_all_inputs"] = wide.sees_everything
+    # A number: netCDF has no truth values for attributes.
+    dataset.attrs["sees_all_inputs"] = int(wide.sees_everything)
     return Explanation(
         dataset=dataset,
         cause=_cause(values, total, wide.sees_everything),
@@ -427,8 +428,9 @@ class EncoderTraining:
                 param.copy_(value)
                 param.requires_grad_(False)
                 param.grad = None
-        quarter = values[-max(2, len(values) // 4) :]
-        improving = values[-1] == max(values) and quarter[-1] - quarter[0] > 0.05 * (
+        # The cosine has gone through four fifths of its learning at half of the steps.
+        half = values[len(values) // 2]
+        improving = values[-1] == max(values) and values[-1] - half > 0.05 * (
             values[-1] - values[0]
         )
         return Curve(at, values, seconds, improving)
@@ -484,7 +486,8 @@ class _Widened:
         self.setting = setting
         self.past = columns_past_layers(setting, x[: row_chunks(x, 1)[0].stop])
         seen = self._inputs(x)
-        self.mean, self.scale = seen.mean(dim=0), seen.std(dim=0)
+        self.mean = seen.mean(dim=0)
+        self.scale = seen.std(dim=0) if seen.shape[1] else self.mean
         # What never changes, or hardly, carries nothing.
         self.used = self.scale > 1e-6 * seen.abs().amax(dim=0).clamp(min=1e-12)
         size = sum(f.num_params for f in setting.elbo.families.values())
@@ -512,23 +515,36 @@ def inputs_of(setting: EncoderTraining, x: Tensor, past: Tensor | None = None) -
     """What the guide's network is given for these rows, ``(batch, numbers)``.
 
     Those are the inputs of its first layers, the ones that no parameter has touched, and the
-    columns of x that move λ past all layers, as in functions that call ``pyro.param``.
+    columns of x that move λ past these layers, as in functions that call ``pyro.param``.
 
     Args:
         setting: The guide.
         x: Rows.
         past: What `columns_past_layers` found, where it is known.
     """
-    found: dict[int, Tensor] = {}
-
-    def look(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        for value in arguments:
-            fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == len(x)
-            if fits and not value.requires_grad:
-                found[id(value)] = value
-
+    given, _ = _first_layers(setting, x)
     if past is None:
         past = columns_past_layers(setting, x)
+    parts = [value.reshape(len(x), -1).to(x) for value in given]
+    return torch.cat([*parts, x.reshape(len(x), -1)[:, past]], dim=-1)
+
+
+def _first_layers(setting: EncoderTraining, x: Tensor) -> tuple[list[Tensor], list[nn.Module]]:
+    """What the first layers are given, and the layers that are given nothing else."""
+    found: dict[int, Tensor] = {}
+    first: list[nn.Module] = []
+
+    def look(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        values = [value for value in arguments if isinstance(value, Tensor)]
+        untouched = [
+            value
+            for value in values
+            if value.dim() > 0 and value.shape[0] == len(x) and not value.requires_grad
+        ]
+        found.update({id(value): value for value in untouched})
+        if untouched and len(untouched) == len(values):
+            first.append(module)
+
     with _needing_gradients(_parameters(setting.program)):
         hooks = [layer.register_forward_pre_hook(look) for layer in _layers(setting.program)]
         try:
@@ -536,21 +552,21 @@ def inputs_of(setting: EncoderTraining, x: Tensor, past: Tensor | None = None) -
         finally:
             for hook in hooks:
                 hook.remove()
-    given = [value.detach().reshape(len(x), -1).to(x) for value in found.values()]
-    return torch.cat([*given, x.reshape(len(x), -1)[:, past]], dim=-1)
+    return [value.detach() for value in found.values()], list(dict.fromkeys(first))
 
 
 def columns_past_layers(setting: EncoderTraining, x: Tensor) -> Tensor:
-    """The columns of x that move λ in some row by another way than through a layer."""
+    """The columns of x that move λ in some row by another way than through a first layer."""
 
     def cut(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         return output.detach() if isinstance(output, Tensor) else output
 
+    _, first = _first_layers(setting, x)
     leaf = x.detach().clone().requires_grad_(True)
     candidates = _parameters(setting.program)
     kept = [param.detach().clone() for param in candidates]
     with _needing_gradients(candidates), forked_rng(setting.seed, x.device):
-        hooks = [layer.register_forward_hook(cut) for layer in _layers(setting.program)]
+        hooks = [layer.register_forward_hook(cut) for layer in first]
         try:
             with torch.no_grad():
                 for param in candidates:

@@ -566,7 +566,8 @@ def test_the_best_half_normal_for_a_gamma_posterior():
     assert ((gap - exact).abs() < TOLERANCE + 4 * stderr).all()
     fit = ppvae.fit_per_datapoint(model, None, x, init=guide)
     scale = fit.guide.families["z"].distribution(fit.guide.table("z").weight.detach()).scale
-    assert (torch.log(scale / best).abs() < torch.sqrt(2 * TOLERANCE / a)).all()
+    # A row has converged with up to a tolerance left, which it may underestimate.
+    assert (torch.log(scale / best).abs() < torch.sqrt(4 * TOLERANCE / a)).all()
 
 
 def test_the_best_logit_normal_for_a_beta_posterior():
@@ -910,8 +911,12 @@ def test_a_uniform_guide_is_measured_against_the_betas():
     gap, stderr = value_of(comparison, "approximation_gap")
     assert (gap.abs() < TOLERANCE + 4 * stderr).all()
     gap, stderr = value_of(comparison, "inference_gap")
-    q = dist.Uniform(torch.zeros(6), 0.5 + 0.5 * x.mean(-1))
-    assert sigmas(gap, kl_divergence(q, posterior), stderr) < 4
+    c = 0.5 + 0.5 * x.mean(-1)
+    of_zero, of_one = c.log() - 1, -torch.xlogy(1 - c, 1 - c) / c - 1  # E log z, E log (1 − z)
+    alpha, beta = posterior.concentration1, posterior.concentration0
+    log_beta = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
+    exact = -c.log() - (alpha - 1) * of_zero - (beta - 1) * of_one + log_beta
+    assert sigmas(gap, exact, stderr) < 4
 
 
 def two_sites(x):

@@ -218,6 +218,7 @@ def transformed(base: Family, transform: Any) -> Transformed:
 
     Example:
         >>> from torch.distributions import SigmoidTransform
+        >>> from ppvae.families import DiagonalNormal
         >>> transformed(DiagonalNormal(2), SigmoidTransform())
         transformed(DiagonalNormal(2), SigmoidTransform())
     """
@@ -229,6 +230,7 @@ def same_family(one: Family, other: Family) -> bool:
     """Whether two families are the same set of distributions.
 
     Example:
+        >>> from ppvae.families import DiagonalNormal, Gamma, LogNormal
         >>> same_family(DiagonalNormal(2), DiagonalNormal(2)), same_family(LogNormal(), Gamma())
         (True, False)
     """

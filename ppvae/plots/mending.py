@@ -20,9 +20,9 @@ from ppvae.plots.style import (
     GREY,
     ORANGE,
     PINK,
+    Labels,
     PointLabel,
     axes_or_new,
-    label_points,
     settle,
     styled,
 )
@@ -94,9 +94,9 @@ def explanation(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
 
     Example:
         >>> import ppvae
-        >>> model, guide = ppvae.pairs.factor_analysis()
-        >>> x = model(size=300).detach()
-        >>> found = ppvae.explain(ppvae.compare(model, guide, x[200:]), x[:200], steps=100)
+        >>> model, guide = ppvae.pairs.factor_analysis(x_dim=3, z_dim=1)
+        >>> x = model(size=120).detach()
+        >>> found = ppvae.explain(ppvae.compare(model, guide, x[100:]), x[:100], steps=20)
         >>> ax = explanation(found)
         >>> len(ax.patches)
         4
@@ -133,7 +133,8 @@ def repair_costs(
     """What each repair of a guide brings, in nats, against the seconds that it takes.
 
     The upper a repair is, the more it brings; the further left, the cheaper it is. A whisker is
-    two Monte Carlo errors. Repairs of the same kind and of growing effort are joined.
+    two Monte Carlo errors. Repairs of the same kind and of growing effort are joined. Those without
+    a finite gain are left out: where the guide has no finite ELBO, any repair gains infinitely.
 
     Args:
         costs: The price list.
@@ -174,31 +175,26 @@ def repair_costs(
                 **_KINDS[kind],
             )
     ax.axhline(0, color=BLACK, linewidth=0.8)
-    for name, height in heights.items():
+    for height in heights.values():
         ax.axhline(height, color=GREY, linewidth=1, linestyle=(0, (6, 3)))
-        # The smaller gap is named below its line: the two may all but coincide.
-        up = name == "total gap"
-        ax.annotate(
-            name,
-            (0, height),
-            xycoords=("axes fraction", "data"),
-            xytext=(3, 2 if up else -2),
-            textcoords="offset points",
-            va="bottom" if up else "top",
-            fontsize=8,
-            color="#555555",
-        )
     ax.margins(x=0.12, y=0.1)
     ax.set_xlabel(f"seconds for {num_data:,} data")
     ax.set_ylabel("recovered ± 2 Monte Carlo errors\n(nats per datum)")
     styled(ax, legend=False)
+    shown = np.concatenate(list(rows.values()))
+    if not len(shown):
+        return ax
     _legend_below(ax)
     settle(ax)
     lines = [np.column_stack([ax.get_xlim(), (h, h)]) for h in (0.0, *heights.values())]
     for kind, own in rows.items():
         if len(own) and _KINDS[kind]["linestyle"] != "none":
             lines.append(np.column_stack([seconds[own], gain[own]]))
-    label_points(ax, _repair_labels(ax, costs, seconds, rows), lines)
+    points = np.column_stack([seconds[shown], gain[shown]])
+    labels = Labels(ax, points, lines)
+    labels.beside(_repair_labels(ax, costs, seconds, rows))
+    for name, height in heights.items():
+        labels.on_line(height, name)
     return ax
 
 
@@ -220,11 +216,10 @@ def _repair_labels(
             else:
                 groups.append([row])
         for group in groups:
-            middle = group[len(group) // 2]
             text = ", ".join(_short(names[row]) for row in group)
-            out.append(
-                PointLabel(float(seconds[middle]), float(gain[middle]), text, style["color"])
-            )
+            # On a logarithmic axis the middle is the geometric mean.
+            middle = float(np.exp(np.log(seconds[group]).mean()))
+            out.append(PointLabel(middle, float(gain[group].mean()), text))
     return out
 
 

@@ -56,7 +56,6 @@ class PointLabel:
     x: float
     y: float
     text: str
-    color: str
 
 
 def settle(ax: Axes) -> None:
@@ -67,40 +66,74 @@ def settle(ax: Axes) -> None:
         engine.execute(figure)
 
 
-def label_points(ax: Axes, labels: Sequence[PointLabel], avoid: Sequence[Any] = ()) -> None:
-    """Write each label beside its point, where it covers least of what is there.
+class Labels:
+    """Writes labels one after the other, each where it covers least of what is there.
 
-    Limits, scales and size of the axes have to be final (`settle`). A place is found for one label
-    after the other; the size of a text is estimated from its number of letters.
+    Limits, scales and size of the axes have to be final (`settle`). The size of a text is
+    estimated from its number of letters.
 
     Args:
         ax: The axes.
-        labels: The labels, with their points.
-        avoid: Lines that the labels should not lie on, each ``(corners, 2)`` in data coordinates.
+        points: All points that are drawn, ``(count, 2)`` in data coordinates.
+        lines: The lines that are drawn, each ``(corners, 2)``.
     """
-    to_points = 72 / ax.figure.dpi
-    left, bottom, right, top = (to_points * side for side in ax.bbox.extents)
-    at = to_points * ax.transData.transform([(label.x, label.y) for label in labels])
-    obstacles = [_box(x, y, _MARKER, _MARKER) for x, y in at]
-    for line in avoid:
-        corners = to_points * ax.transData.transform(line)
-        obstacles += [_box(x, y, _STROKE, _STROKE) for x, y in _along(corners)]
-    for label, (x, y) in zip(labels, at, strict=True):
-        width, height = _LETTER * _LABEL_SIZE * len(label.text), _LINE * _LABEL_SIZE
-        best: tuple[float, float, float, _Box] | None = None
-        for across, up, far in _PLACES:
-            dx = across * (0.5 * width + 0.5 * _MARKER + far)
-            dy = up * (0.5 * height + 0.5 * _MARKER + far)
-            box = _box(x + dx, y + dy, width, height)
-            outside = box[0] < left or box[1] < bottom or box[2] > right or box[3] > top
-            cost = far + 1000 * outside + sum(_shared(box, other) for other in obstacles)
-            if best is None or cost < best[0]:
-                best = cost, dx, dy, box
-        assert best is not None
-        _, dx, dy, box = best
+
+    def __init__(self, ax: Axes, points: Any, lines: Sequence[Any]) -> None:
+        self.ax = ax
+        self.obstacles = [_box(x, y, _MARKER - 1, _MARKER - 1) for x, y in self._at(points)]
+        for line in lines:
+            self.obstacles += [_box(x, y, _STROKE, _STROKE) for x, y in _along(self._at(line))]
+
+    def beside(self, labels: Sequence[PointLabel]) -> None:
+        """Write each label beside its point."""
+        at = self._at([(label.x, label.y) for label in labels])
+        for label, (x, y) in zip(labels, at, strict=True):
+            width, height = _size(label.text)
+            places = []
+            for across, up, far in _PLACES:
+                dx = across * (0.5 * width + 0.5 * _MARKER + far)
+                dy = up * (0.5 * height + 0.5 * _MARKER + far)
+                box = _box(x + dx, y + dy, width, height)
+                # A label that is nearer to another's point would be read as that one's.
+                apart = _distance(box, x, y)
+                astray = sum(_distance(box, *other) < apart - 1 for other in at)
+                places.append((far + 20 * astray, dx, dy, box))
+            self._write(label, places, "black")
+
+    def on_line(self, height: float, text: str) -> None:
+        """Write the name of a horizontal line above or below it, at the left if there is room."""
+        left, right = self.ax.get_xlim()
+        (start, y), (end, _) = self._at([(left, height), (right, height)])
+        size = _size(text)
+        places = []
+        for share in np.linspace(0, 1, 9).tolist():
+            dx = 3 + 0.5 * size[0] + share * (end - start - size[0] - 6)
+            for dy in (0.5 * size[1] + 2, -0.5 * size[1] - 2):
+                box = _box(start + dx, y + dy, *size)
+                places.append((4 * share, dx, dy, box))
+        self._write(PointLabel(left, height, text), places, "#555555")
+
+    def _at(self, points: Any) -> Any:
+        """Where points lie, in points of 72 to the inch."""
+        return self.ax.transData.transform(points) * 72 / self.ax.figure.dpi
+
+    def _write(
+        self, label: PointLabel, places: Sequence[tuple[float, float, float, _Box]], color: str
+    ) -> None:
+        """Write a label at the best of some places: (cost, dx, dy, box)."""
+        axes: Any = np.asarray(self.ax.bbox.extents) * 72 / self.ax.figure.dpi
+
+        def cost(place: tuple[float, float, float, _Box]) -> float:
+            extra, _, _, box = place
+            outside = (axes[:2] > box[:2]).any() or (axes[2:] < box[2:]).any()
+            covered = sum(_shared(box, other) for other in self.obstacles)
+            # Rounded, so that of equal places the first is taken.
+            return round(extra + 1000 * bool(outside) + covered, 1)
+
+        _, dx, dy, box = min(places, key=cost)
         # A text on a text is worse than a text on a line.
-        obstacles += [box] * 3
-        ax.annotate(
+        self.obstacles += [box] * 3
+        self.ax.annotate(
             label.text,
             (label.x, label.y),
             xytext=(dx, dy),
@@ -108,7 +141,7 @@ def label_points(ax: Axes, labels: Sequence[PointLabel], avoid: Sequence[Any] = 
             ha="center",
             va="center",
             fontsize=_LABEL_SIZE,
-            color=label.color,
+            color=color,
         )
 
 
@@ -119,6 +152,11 @@ _PLACES = [
     for far in (0.0, 4.0, 10.0, 18.0)
     for across, up in ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
 ]
+
+
+def _size(text: str) -> tuple[float, float]:
+    """Width and height of a text, in points, as far as one knows before it is drawn."""
+    return _LETTER * _LABEL_SIZE * len(text), _LINE * _LABEL_SIZE
 
 
 def _box(x: float, y: float, width: float, height: float) -> _Box:
@@ -132,6 +170,12 @@ def _along(corners: Any) -> Any:
         count = max(2, int(np.hypot(*(other - one)) / _STROKE))
         pieces.append(np.linspace(one, other, count + 1)[1:])
     return np.concatenate(pieces)
+
+
+def _distance(box: _Box, x: float, y: float) -> float:
+    """How far a point lies outside of a box."""
+    across, up = max(box[0] - x, x - box[2], 0.0), max(box[1] - y, y - box[3], 0.0)
+    return float(np.hypot(across, up))
 
 
 def _shared(one: _Box, other: _Box) -> float:
