@@ -322,10 +322,10 @@ def _compare(settings: Settings, out: Path, *, progress: bool) -> None:
 
 
 def _recovered(done: Refinement) -> str:
-    rows = len(done.outcome)
-    error = float(done.gain_stderr.double().square().sum().sqrt()) / rows
+    rows, finite = len(done.outcome), torch.isfinite(done.gain)
+    error = float(done.gain_stderr[finite].double().square().sum().sqrt()) / rows
     return (
-        f"{float(done.gain.mean()):.4f} ± {error:.4f} nats a datum brought back at "
+        f"{float(done.gain[finite].sum()) / rows:.4f} ± {error:.4f} nats a datum brought back at "
         f"{1000 * done.seconds / rows:.2g} ms each; {done.count('accepted')} rows accepted as "
         f"they are, {done.count('refined')} refined, {done.count('given up')} given up."
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,13 @@ from ppvae.diagnostics import active_units, pareto_k, pareto_k_threshold
 from ppvae.evidence import Estimate, elbo_of, mixture_evidence, quadrature
 from ppvae.families import Family, same_family
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
-from ppvae.isolation import check_rows, seconds_now
+from ppvae.isolation import (
+    check_rows,
+    evaluation_mode,
+    forked_rng,
+    private_store,
+    seconds_now,
+)
 from ppvae.ledger import GAPS, Comparison
 from ppvae.local import LocalFit, fit_per_datapoint
 from ppvae.training import Fit
@@ -103,14 +110,69 @@ def compare(
         >>> bool((abs(gap - parts) < 1e-4).all())
         True
     """
-    several = isinstance(guide, Mapping) or bool(families)
-    guides = dict(guide) if isinstance(guide, Mapping) else {"amortized": guide}
+    # A module that happens to be a mapping is a guide.
+    named = isinstance(guide, Mapping) and not callable(guide)
+    guides: dict[str, Program] = dict(guide) if named else {"amortized": guide}  # type: ignore[arg-type, dict-item]
+    _check_families(family, families)
+    several = named or bool(families)
     _check_arguments(guides, several, fit)
     check_rows(x, model, *guides.values())
     for name, value in (("num_samples", num_samples), ("evidence_samples", evidence_samples)):
         check_count(name, value, least=2)
-    for each in guides.values():
-        with judging(seed, x, model, each):
+    with private_store():
+        # Bare parameters that nobody has made yet are made once: each stage would draw its own.
+        with forked_rng(seed, x.device), evaluation_mode(model, *guides.values()):
+            _make_parameters(x, model, *guides.values())
+        return _compare(
+            model,
+            guides,
+            x,
+            several,
+            family,
+            families,
+            fit,
+            num_samples,
+            evidence_samples,
+            max_steps,
+            seed,
+        )
+
+
+def _make_parameters(x: Tensor, *programs: Program) -> None:
+    for program in programs:
+        # What is wrong with a program is said where it is read.
+        with torch.no_grad(), suppress(Exception):
+            program(x)
+
+
+def _check_families(family: Any, families: Any) -> None:
+    for name, value in (("family", family), ("families", families)):
+        if isinstance(value, type):
+            raise ValueError(
+                f"{name}: expected a family such as DiagonalNormal(2), with its size; got the "
+                f"class {value.__name__}."
+            )
+    if isinstance(families, (Family, Mapping)):
+        raise ValueError(
+            f"families: expected a list, families=[{families!r}]; got {type(families).__name__}."
+        )
+
+
+def _compare(
+    model: Program,
+    guides: Mapping[str, Program],
+    x: Tensor,
+    several: bool,
+    family: Family | Mapping[str, Family] | None,
+    families: Sequence[Family | Mapping[str, Family]],
+    fit: Fit | None,
+    num_samples: int,
+    evidence_samples: int,
+    max_steps: int | None,
+    seed: int,
+) -> Comparison:
+    for name, each in guides.items():
+        with judging(seed, x, model, each), _named(name, several):
             sites = check_pair(model, each, x)
     with judging(seed, x, model), torch.no_grad():
         check_density(model, x, sites)
@@ -170,6 +232,8 @@ def _check_arguments(guides: Mapping[str, Program], several: bool, fit: Fit | No
     if not guides:
         raise ValueError("guide: expected a guide, or at least one by name; got an empty mapping.")
     for name, guide in guides.items():
+        if not isinstance(name, str):
+            raise ValueError(f"guide: expected names that are text; got {name!r}.")
         if not callable(guide):
             raise ValueError(
                 f"guide: expected a Pyro guide, called as guide(x), under {name!r}; got "
@@ -186,6 +250,17 @@ def _check_arguments(guides: Mapping[str, Program], several: bool, fit: Fit | No
             "fit: the break-even is that of one guide in its own family; compare that guide alone, "
             "or see ppvae.repair_costs."
         )
+
+
+@contextmanager
+def _named(name: str, several: bool) -> Iterator[None]:
+    """Say which of several guides an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        if several:
+            raise ValueError(f"guide {name!r}: {error}") from error
+        raise
 
 
 @dataclass
@@ -209,7 +284,8 @@ def _plan(
     plan = _Plan({}, {}, {})
     for name, guide in guides.items():
         try:
-            plan.freed[name] = per_datapoint(guide, x, model=model)
+            with _named(name, len(guides) > 1):
+                plan.freed[name] = per_datapoint(guide, x, model=model)
         except ValueError:
             if family is None:
                 raise
@@ -247,6 +323,9 @@ def _enter(plan: _Plan, wanted: dict[str, Family], of: str) -> str:
             return known
     if name in plan.fits:  # Two flows of one kind are two families.
         name = f"{name} of {of}"
+    first, count = name, 2
+    while name in plan.fits:
+        name, count = f"{first} ({count})", count + 1
     plan.fits[name] = (wanted, [])
     return name
 
@@ -295,6 +374,11 @@ def _evidence(
     if callable(exact):
         with judging(seed, x, model), torch.no_grad():
             value = exact(x)
+        if not isinstance(value, Tensor) or value.shape != (len(x),):
+            raise ValueError(
+                f"model.log_evidence(x): expected a tensor of shape ({len(x)},), a figure for each "
+                f"row; got {tuple(value.shape) if isinstance(value, Tensor) else value!r}."
+            )
         return Estimate(value, torch.zeros_like(value), "exact", "exact")
     continuous = not any(
         getattr(site.support, "is_discrete", False) for site in sites.latents.values()
@@ -406,6 +490,32 @@ def _for_one_guide(dataset: xarray.Dataset) -> xarray.Dataset:
 
 def _array(value: Tensor | Any) -> Any:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+def check_current(comparison: Comparison, guide: str) -> None:
+    """Refuse a comparison that no longer speaks of the guide as it is, or never did of its family.
+
+    Raises:
+        ValueError: If the guide or the model has changed since, or q* is of another family than
+            the guide.
+    """
+    ds, model, program = comparison.dataset, comparison.model, comparison.guides[guide]
+    x, attrs = comparison.x, comparison.dataset.attrs
+    own = _family_names(per_datapoint(program, x, model=model).families)
+    against = str(ds["family"].sel(guide=guide).item()) if comparison.several else attrs["family"]
+    if not against.startswith(own):
+        raise ValueError(
+            f"comparison: its amortization gap is against the best {against} but the guide is "
+            f"{own}, so that it holds the difference between the families too. Compare again "
+            f"without family=."
+        )
+    weights = _paired_weights(model, {guide: program}, x, attrs["num_samples"], attrs["seed"] + 2)
+    now = elbo_of(weights[guide]).value.double().cpu()
+    then = torch.as_tensor(ds["elbo"].sel(guide=guide).values).double()
+    if bool(((now - then).abs() > 1e-3 * then.abs().clamp(min=1.0)).any()):
+        raise ValueError(
+            "comparison: the model or the guide has changed since it was made. Compare again."
+        )
 
 
 def seconds_to_encode(guide: Program, x: Tensor) -> float:

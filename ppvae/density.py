@@ -33,7 +33,8 @@ Program = Callable[..., Any]
 
 _PARTICLES = "ppvae.particles"
 
-# Elements of the largest tensor that one evaluation may make: 16 MB in float32.
+# Elements of the largest tensor that one evaluation may make: 16 MB in float32. The layers of
+# a network are taken to be no wider than a row, or than a few hundred units.
 _ELEMENTS = 4_000_000
 
 
@@ -473,31 +474,45 @@ def check_density(model: Program, x: Tensor, sites: ModelSites) -> None:
         ValueError: If the density is random given its arguments, or that of a row changes with
             the other rows.
     """
-    latents = {name: z[:2] for name, z in prior_draws(model, x, 2).items() if name in sites.latents}
+    latents = {name: z for name, z in prior_draws(model, x, 2).items() if name in sites.latents}
     value = joint(model, x, latents)
-    if not torch.equal(value.nan_to_num(), joint(model, x, latents).nan_to_num()):
+    if _far(value, joint(model, x, latents)).any():
         raise ValueError(
             "model: its log density of the same x and z is another one at each call, in eval mode "
             "too, so that no two guides meet the same model. Dropout that ignores eval mode, and "
             "a binarisation that is drawn inside of the model, are the usual causes: binarise x "
             "once, before."
         )
-    half = (len(x) + 1) // 2
-    if half == len(x):
-        return
-    index = torch.arange(len(x), device=x.device)
-    index[half:] = index[: len(x) - half]
-    others = joint(model, x[index], {name: z[:, index] for name, z in latents.items()})
-    first, second = value[:, :half], others[:, :half]
-    finite = torch.isfinite(first) & torch.isfinite(second)
-    far = (first - second).abs() > 1e-3 * first.abs().clamp(min=1.0)
-    if bool((far & finite).any()):
-        row = int((far & finite).any(dim=0).nonzero()[0])
-        raise ValueError(
-            f"model: its log density of row {row} changes with the other rows, so that log p(x_n) "
-            f"is not defined per row. Batch norm without running statistics and layers that mix "
-            f"rows are the usual causes."
-        )
+    count = len(x)
+    rows = torch.arange(count, device=x.device)
+    half = rows[: (count + 1) // 2]
+    # Other company, another place, and fewer rows: the engine evaluates any rows in any order.
+    for index in (torch.cat([half, rows[: count - len(half)]]), rows.flip(0), half):
+        part = {name: z[:, index] for name, z in latents.items()}
+        try:
+            again = joint(model, x[index], part)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"model: it runs on {count} rows but not on {len(index)} of them, as q* takes: "
+                f"{_without_trace(error)} Size its plate and all that it holds by the rows that "
+                f"it is given."
+            ) from error
+        far = _far(value[:, index], again).any(dim=0)
+        if bool(far.any()):
+            raise ValueError(
+                f"model: its log density of row {int(index[far.nonzero()[0]])} changes with the "
+                f"other rows or with its place among them, so that log p(x_n) is not defined per "
+                f"row. Batch norm without running statistics, layers that mix rows, and values "
+                f"that are kept outside of x for each row are the usual causes; put the latter "
+                f"into the columns of x."
+            )
+
+
+def _far(one: Tensor, other: Tensor) -> Tensor:
+    """Where two log densities differ by more than rounding."""
+    both = torch.isfinite(one) & torch.isfinite(other)
+    far = (one - other).abs() > 1e-3 * one.abs().clamp(min=1.0)
+    return (far & both) | (torch.isfinite(one) != torch.isfinite(other))
 
 
 @contextmanager
@@ -604,14 +619,14 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 
 def draw_chunks(num_samples: int, x: Tensor) -> list[int]:
     """Split draws so that the largest tensor of one evaluation stays within the memory budget."""
-    most = max(1, _ELEMENTS // x.numel())
+    most = max(1, _ELEMENTS // (len(x) * max(64, x[0].numel())))
     full, rest = divmod(num_samples, most)
     return [most] * full + ([rest] if rest else [])
 
 
 def row_chunks(x: Tensor, draws: int) -> list[slice]:
     """Split rows so that ``draws`` draws for each stay within the memory budget."""
-    most = max(1, 4 * _ELEMENTS // (draws * max(1, x[0].numel())))
+    most = max(1, 4 * _ELEMENTS // (draws * max(256, x[0].numel())))
     return [slice(i, min(i + most, len(x))) for i in range(0, len(x), most)]
 
 

@@ -162,7 +162,8 @@ def mixture_evidence(
 
     Args:
         model: A Pyro model with one local plate over the rows, called as ``model(x)``.
-        guides: Guides for these rows with the model's latent sites; see `per_datapoint`.
+        guides: Guides for these rows with the model's latent sites; see `per_datapoint`. If one
+            of them is a flow without an inverse the last one alone is used.
         x: Rows, ``(batch, *event)``.
         num_samples: Draws S per row and guide, at least 2.
         seed: Seed of the draws; the caller's generators are left as they were.
@@ -188,6 +189,9 @@ def mixture_evidence(
         raise ValueError("guides: expected at least one guide; got none.")
     weights = []
     with judging(seed, x, model, *guides), unvalidated(), torch.no_grad():
+        if len(guides) > 1 and not all(_judges_any_draw(guide, x) for guide in guides):
+            # A flow without an inverse knows the density of its own draws alone.
+            guides = guides[-1:]
         params = [guide.params(x) for guide in guides]
         for own, guide in zip(params, guides, strict=True):
             parts = []
@@ -206,6 +210,18 @@ def mixture_evidence(
     return Estimate(value, relative.sum(dim=0).sqrt() / len(guides), "lower", "iwae")
 
 
+def _judges_any_draw(guide: PerDatapoint, x: Tensor) -> bool:
+    """Whether a guide's density can be had at values that it did not draw itself."""
+    params = guide.params(x)
+    try:
+        for site, family in guide.families.items():
+            member = family.distribution(params[site])
+            member.log_prob(member.sample().clone())
+    except (KeyError, NotImplementedError, ValueError):
+        return False
+    return True
+
+
 def _log_mixture(
     guides: Sequence[PerDatapoint], params: Sequence[Mapping[str, Tensor]], z: Mapping[str, Tensor]
 ) -> Tensor:
@@ -217,7 +233,9 @@ def _log_mixture(
             inside = member.support.check(z[site])
             # What lies outside of one family's support is drawn by another.
             where = inside.reshape(inside.shape + (1,) * (z[site].dim() - inside.dim()))
-            safe = torch.where(where, z[site], member.sample().expand_as(z[site]))
+            # The tensor itself where it may be: a flow without an inverse knows it again.
+            whole = bool(inside.all())
+            safe = z[site] if whole else torch.where(where, z[site], member.sample())
             densities.append(member.log_prob(safe).masked_fill(~inside, -torch.inf))
         terms.append(torch.stack(densities).sum(dim=0))
     return torch.logsumexp(torch.stack(terms), dim=0) - math.log(len(guides))

@@ -18,6 +18,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppvae.comparison import check_current
 from ppvae.density import (
     ModelSites,
     Program,
@@ -45,6 +46,8 @@ _SELECTION_DRAWS = 64
 _MEASURE_DRAWS = 500
 _LEAST_ROWS = 30
 _WIDTH = 256
+# Adam's first steps move all weights of a layer alike: so wide a network leaps with more.
+_WIDE_LR = 3e-3
 
 _MEANING = {
     "generalisation": (
@@ -89,6 +92,8 @@ class Explanation:
             value, error = (float(ds[v].sel(part=part)) for v in ("gap", "gap_stderr"))
             share = f"{value / total:5.0%}" if total > 0 else ""
             label, value = part.replace("_", " "), round(value, 4) + 0.0
+            if part == "missing_inputs" and ds.attrs["sees_all_inputs"]:
+                label = "not learned"
             lines.append(f"  {label:<15} {value:9.4f} ± {error:.4f}  {share}")
         lines += ["", self.sentence(), *([self.status] if self.status else [])]
         lines.append(
@@ -138,7 +143,7 @@ def explain(
       own first layers are given,
     - *missing inputs*: :math:`A_T[\text{wide}]`, what remains on rows that the repairs have seen.
       Where the guide is given all of x nothing is missing: this part is then what the repairs had
-      not learned when their steps ended, which the status says, and it is not named as the cause,
+      not learned when their steps ended. It is printed as such, and not named as the cause,
     - *generalisation*: :math:`A_X[\text{guide}] - A_V[\text{guide}]`, with the compared rows X and
       V among the rows that the guide was trained on, plus
       :math:`A_V[\text{wide}] - A_T[\text{wide}]`, the same of the repairs.
@@ -152,7 +157,8 @@ def explain(
         guide: Which guide, where the comparison has several.
         steps: Steps of each of the two trainings.
         batch_size: Rows per step.
-        lr: Adam's learning rate; it falls to zero along a cosine.
+        lr: Adam's learning rate, for the wide network at most 0.003; it falls to zero along a
+            cosine.
         num_rows: Rows of V; as many as were compared if left out, at most a fifth of ``x_train``.
         seed: Seed of all draws; the caller's generators are left as they were.
 
@@ -161,8 +167,9 @@ def explain(
 
     Raises:
         ValueError: If the training rows are too few or of another shape or kind than the compared
-            ones, the guide's name is unknown, or the guide keeps parameters for each datum, so
-            that nothing is amortized.
+            ones, the guide's name is unknown, the guide has changed since the comparison or was
+            compared with another family, or it keeps parameters for each datum, so that nothing
+            is amortized.
 
     Example:
         >>> from ppvae import compare, pairs
@@ -177,9 +184,12 @@ def explain(
     program = comparison.guides[name]
     check_count("steps", steps)
     check_count("batch_size", batch_size)
+    if num_rows is not None:
+        check_count("num_rows", num_rows, least=2)
     check_same_kind(comparison.x, x_train, comparison.model, program)
     rows = _split(x_train, num_rows or len(comparison.x), seed)
     setting = EncoderTraining.of(comparison.model, program, x_train, seed)
+    check_current(comparison, name)
     fits = [
         fit_per_datapoint(comparison.model, None, part, init=program, seed=seed + 1)
         for part in (rows.measured, rows.seen)
@@ -193,7 +203,7 @@ def explain(
         longer = setting.train(setting.encode, rows, steps, batch_size, lr)
         further = setting.encode(rows.measured)
         wide = _Widened(setting, rows.fitted)
-        wider = setting.train(wide, rows, steps, batch_size, lr, wide.network)
+        wider = setting.train(wide, rows, steps, batch_size, min(lr, _WIDE_LR), wide.network)
         widened, widened_seen = wide(rows.measured), wide(rows.seen)
     elbos = setting.elbos(rows.measured, [before, further, widened, optimum], seed + 2)
     seen = setting.elbos(rows.seen, [widened_seen, optimum_seen], seed + 3)
@@ -252,7 +262,9 @@ def check_same_kind(x: Tensor, x_train: Tensor, *programs: Any) -> None:
             f"comparison; got {tuple(x_train.shape[1:])}, {x_train.dtype}."
         )
     binary, train_binary = (bool(((v == 0) | (v == 1)).all()) for v in (x, x_train))
-    if binary != train_binary:
+    # Counts of which the few compared ones happen to be 0 and 1 are no other binarisation.
+    grey = bool((x_train != x_train.round()).any() or (x != x.round()).any())
+    if binary != train_binary and grey:
         raise ValueError(
             f"x_train is {'binary' if train_binary else 'not binary'} but the compared rows are "
             f"{'binary' if binary else 'not'}: evidences are comparable only within one "
@@ -311,12 +323,14 @@ class EncoderTraining:
         sites: The model's sites.
         elbo: The local ELBO.
         seed: Seed of all draws.
+        probe: A few rows.
     """
 
     program: Program
     sites: ModelSites
     elbo: LocalElbo
     seed: int
+    probe: Tensor
 
     @classmethod
     def of(cls, model: Program, program: Program, x: Tensor, seed: int) -> EncoderTraining:
@@ -335,7 +349,7 @@ class EncoderTraining:
             sites = check_pair(model, program, few)
             families: Mapping[str, Family] = read_params(program, few, sites).families
         ordered = {name: families[name] for name in sites.latents}
-        return cls(program, sites, LocalElbo(model, ordered, _TRAINING_DRAWS), seed)
+        return cls(program, sites, LocalElbo(model, ordered, _TRAINING_DRAWS), seed, few)
 
     def flat(self, guide: PerDatapoint, x: Tensor) -> Tensor:
         """λ of all sites in the model's order."""
@@ -350,9 +364,10 @@ class EncoderTraining:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside, the guide may be trained; afterwards it is what it was."""
-        rows = torch.zeros(0)
         modules = (self.elbo.model, self.program)
-        with judging(self.seed, rows, *modules), unvalidated():
+        with judging(self.seed, self.probe, *modules), unvalidated():
+            with torch.no_grad():
+                self.encode(self.probe)  # Now all parameters are known to Pyro's store.
             kept = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in _tensors(*modules)]
             try:
                 yield
@@ -444,6 +459,8 @@ class EncoderTraining:
     def _trainable(self, x: Tensor) -> list[Tensor]:
         """The parameters that move λ and not the model: the encoder's, also in a shared module."""
         candidates = _parameters(self.program)
+        if not candidates:
+            return []
         for param in candidates:
             param.requires_grad_(True)
         with torch.enable_grad():
@@ -636,8 +653,8 @@ def _status(longer: Curve, wider: Curve, converged: bool, not_learned: bool) -> 
     said = []
     if not_learned:
         said.append(
-            "The guide is given all of x, so nothing is missing: what stands under missing inputs "
-            "is what the wide guide had not learned when its steps ended. Raise steps."
+            "The guide is given all of x, so no input is missing: what is called not learned is "
+            "what remained of the gap when the wide guide's steps ended. Raise steps."
         )
     if longer.improving:
         said.append(

@@ -136,21 +136,26 @@ class LocalElbo:
         return scores
 
     def step(self, x: Tensor, params: Tensor, rate: Tensor | float) -> tuple[Tensor, Tensor]:
-        """A natural-gradient step, and what it promises: ½ gᵀ F⁻¹ g, in nats.
+        """A natural-gradient step, and what it promises: ½ gᵀ F⁻¹ g less its noise, in nats.
 
         Args:
             x: Rows.
             params: λ.
             rate: Fraction of the step to take, at most 1 for each row.
         """
-        gradient = self.gradients(x, params).mean(dim=0)
-        step = _solve(self.fisher(params), gradient)
+        gradients = self.gradients(x, params)
+        gradient, fisher = gradients.mean(dim=0), self.fisher(params)
+        step = _solve(fisher, gradient)
+        centred = (gradients - gradient) / len(gradients)
+        covariance = torch.einsum("snp,snq->npq", centred, centred)
+        solved = torch.nan_to_num(torch.linalg.solve_ex(fisher, covariance)[0])
+        noise = solved.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         # At most 1 in the Fisher metric, half a nat between the two distributions, and at most 2
         # in any parameter, where the Fisher matrix knows little of it.
         squared = (gradient * step).sum(dim=-1).clamp(min=0.0)
         longest = torch.maximum(squared.sqrt(), 0.5 * step.abs().amax(dim=-1)).clamp(min=1e-30)
         rate = rate * longest.reciprocal().clamp(max=1.0)
-        return params + rate[:, None] * step, 0.5 * squared
+        return params + rate[:, None] * step, 0.5 * (squared - noise).clamp(min=0.0)
 
     def remaining_gain(
         self, x: Tensor, params: Tensor, passes: int = _CHECK_PASSES

@@ -104,9 +104,9 @@ def unvalidated() -> Iterator[None]:
 def modules_of(*programs: Any) -> list[nn.Module]:
     """The modules that programs are or use, each once.
 
-    A program is a module, a method of one, or a function. The modules of a function are those in
-    its closure, its defaults and the global names that it uses, also behind `functools.partial`
-    and Pyro's handlers.
+    A program is a module, a function, or a method or a callable object of any class. The modules
+    of a function are those in its closure, its defaults and the global names that it uses, also
+    behind `functools.partial` and Pyro's handlers; those of an object are in its attributes.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
@@ -129,11 +129,29 @@ def modules_of(*programs: Any) -> list[nn.Module]:
             pending += [*names.nonlocals.values(), *(item.__defaults__ or ())]
             pending += [v for v in names.globals.values() if isinstance(v, (nn.Module, list, dict))]
             pending += [v for v in names.globals.values() if inspect.isfunction(v)]
+            pending += [v for v in names.globals.values() if _holds_things(v)]
+            # `nets.encoder(x)`: what the code names of a module of the user's.
+            used = [v for v in names.globals.values() if inspect.ismodule(v)]
+            pending += [
+                part
+                for module in used
+                for name in item.__code__.co_names
+                if isinstance(part := vars(module).get(name), nn.Module)
+            ]
         elif isinstance(item, functools.partial):
             pending += [item.func, *item.args, *item.keywords.values()]
-        elif callable(item) and not inspect.isclass(item) and hasattr(item, "__dict__"):
+        elif _holds_things(item):
             pending += vars(item).values()
     return list(found.values())
+
+
+def _holds_things(item: Any) -> bool:
+    """Whether an object may hold the modules of a program: an instance of somebody's class."""
+    kind = type(item)
+    if inspect.isclass(item) or inspect.ismodule(item) or inspect.isroutine(item):
+        return False
+    foreign = kind.__module__.split(".")[0] in ("builtins", "torch", "numpy", "xarray", "pandas")
+    return hasattr(item, "__dict__") and not foreign
 
 
 @contextmanager

@@ -74,11 +74,15 @@ class Comparison:
         Raises:
             ValueError: If a guide is needed or unknown (the known ones are named).
         """
+        if f"{name}_stderr" not in self.dataset:
+            known = [v for v in self.dataset.data_vars if f"{v}_stderr" in self.dataset]
+            raise ValueError(f"name: expected a variable with an error, {known}; got {name!r}.")
         value, stderr = self.dataset[name], self.dataset[f"{name}_stderr"]
         if "guide" in value.dims:
             self._check_names(guide)
             value, stderr = value.sel(guide=guide), stderr.sel(guide=guide)
-        return float(value.mean()), float((stderr**2).sum()) ** 0.5 / value.sizes["data"]
+        total = (stderr**2).sum(skipna=False)
+        return float(value.mean(skipna=False)), float(total) ** 0.5 / value.sizes["data"]
 
     def difference(self, one: str, other: str) -> Estimate:
         """ELBO of one guide minus that of another, per datum, with the error of the difference.
@@ -193,7 +197,7 @@ class Comparison:
             value = value.sel(guide=guide)
         mean = round(mean, 4) + 0.0  # No minus before a zero.
         with np.errstate(invalid="ignore"):  # A row without a finite ELBO leaves no sd.
-            return f"{mean:10.4f} ± {error:.4f} (sd {float(value.std()):.3f})"
+            return f"{mean:10.4f} ± {error:.4f} (sd {float(value.std(skipna=False)):.3f})"
 
     def _wide(self, kind: str) -> list[str]:
         ds = self.dataset
@@ -322,7 +326,8 @@ class Comparison:
 
 def _significant(gap: Any, stderr: Any) -> str:
     """How many rows have a gap that is not noise."""
-    beyond = np.maximum(2 * stderr, _NEGLIGIBLE)
+    # A gap without end has no error.
+    beyond = np.maximum(2 * np.where(np.isinf(gap), 0.0, stderr), _NEGLIGIBLE)
     with np.errstate(invalid="ignore"):
         above, below = int((gap > beyond).sum()), int((gap < -beyond).sum())
     text = f"clearly above 0 in {above} of {len(gap)}"

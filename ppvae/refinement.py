@@ -48,7 +48,7 @@ class Refinement:
             before and after; zero in rows that were left as they are.
         gain_stderr: ``(batch,)``: its standard error, NaN where the gain is infinite.
         evaluations: ``(batch,)``: draws at which the gradient of log p(x, z) was evaluated.
-        seconds: Wall time, the measurement of ``gain`` included.
+        seconds: Wall time, without the measurement of ``gain``.
     """
 
     guide: PerDatapoint
@@ -112,8 +112,9 @@ def refine(
         guide: A Pyro guide that can be freed; see `ppvae.per_datapoint`.
         x: Rows, ``(batch, *event)``.
         budget: Gradient evaluations of log p(x, z) to spend, on average for a row (a row and a
-            draw is one); without end if left out. The prediction takes some of them: 32 for a
-            Gaussian family of up to 16 dimensions.
+            draw is one); without end if left out. The prediction takes some of them: 32
+            for a Gaussian family of 3 to 16 dimensions; in one and two the 22 and 484 nodes of
+            a product rule.
         tolerance: Nats that a row may promise and still be left as it is.
         max_steps: Most steps for a row.
         seed: Seed of all draws; the caller's generators are left as they were.
@@ -134,6 +135,8 @@ def refine(
     """
     check_rows(x, model, guide)
     check_count("max_steps", max_steps)
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget must be a positive number of evaluations; got {budget}.")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, in nats; got {tolerance}.")
     began = seconds_now(x.device)
@@ -157,6 +160,7 @@ def refine(
         run = _Run(climb, len(x), budget, tolerance, max_steps)
         run.go()
         params = climb.params
+        seconds = seconds_now(x.device) - began
         moved = torch.nonzero((params != start).any(dim=-1)).flatten()
         gain, stderr = torch.zeros_like(climb.promise), torch.zeros_like(climb.promise)
         elbo = LocalElbo(model, families, _MEASURE_DRAWS)
@@ -184,7 +188,7 @@ def refine(
         gain=gain,
         gain_stderr=stderr,
         evaluations=climb.spent,
-        seconds=seconds_now(x.device) - began,
+        seconds=seconds,
     )
 
 

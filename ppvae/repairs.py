@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppvae.comparison import seconds_to_encode
+from ppvae.comparison import check_current, seconds_to_encode
 from ppvae.density import Program, check_count, draw_chunks, judging, weigh
 from ppvae.explanation import EncoderTraining, TrainingRows, check_same_kind
 from ppvae.families import DiagonalNormal, Family, FullRankNormal
@@ -191,6 +191,7 @@ def repair_costs(
     """
     check_count("steps", steps, least=4)
     name = comparison.guide_name(guide)
+    check_current(comparison, name)
     _check(comparison, name, x_train)
     bench = _Bench(comparison, name, seed)
     rows = list(bench.refinements())

@@ -132,6 +132,7 @@ def test_missing_inputs_cost_what_the_closed_form_says():
     assert abs(gap["capacity"]) < 0.05 * exact
     assert "give the encoder the inputs" in str(explanation)
     assert "is given all of x" not in explanation.status
+    assert "  missing inputs " in str(explanation)
 
 
 # A VAE of digits, its decoder shared, with encoders that fall short in different ways.
@@ -217,7 +218,9 @@ def test_an_encoder_of_all_of_x_is_not_said_to_lack_inputs():
     assert gap["missing_inputs"] == gap.max()
     assert gap["missing_inputs"] > 4 * stderr["missing_inputs"]
     assert explanation.cause != "missing_inputs"
-    assert "The guide is given all of x, so nothing is missing" in explanation.status
+    assert "The guide is given all of x, so no input is missing" in explanation.status
+    assert "  not learned " in str(explanation)
+    assert "  missing inputs " not in str(explanation)
     assert "Missing inputs counts" not in explanation.sentence()
 
 
@@ -496,9 +499,10 @@ def test_the_table_holds_the_parts_and_their_shares():
     total = comparison.mean("amortization_gap")[0]
     lines = str(explanation).splitlines()
     assert lines[0].startswith(f"Amortization gap of {total:.4f} nats a datum")
-    for part in PARTS:
-        [line] = [li for li in lines if li.startswith(f"  {part.replace('_', ' ')} ")]
-        value, sign, error, share = line.removeprefix(f"  {part.replace('_', ' ')}").split()
+    labels = ["generalisation", "training", "capacity", "not learned"]  # It is given all of x.
+    for part, label in zip(PARTS, labels, strict=True):
+        [line] = [each for each in lines if each.startswith(f"  {label} ")]
+        value, sign, error, share = line.removeprefix(f"  {label}").split()
         assert float(value) == pytest.approx(gap[part], abs=5.1e-5)
         assert sign == "±"
         assert float(error) == pytest.approx(stderr[part], abs=5.1e-5)

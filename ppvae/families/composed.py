@@ -236,8 +236,22 @@ def same_family(one: Family, other: Family) -> bool:
     """
     if repr(one) != repr(other):
         return False
-    pairs = zip(_held_by(one), _held_by(other), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    if not isinstance(one, Transformed) or not isinstance(other, Transformed):
+        return True
+    held, others = _held_by(one), _held_by(other)
+    if len(held) != len(others) or not all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(held, others, strict=True)
+    ):
+        return False
+    # What a transform holds besides tensors shows in what it does.
+    like = next((value for value in held if value.is_floating_point()), torch.zeros(()))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        drawn = []
+        for family in (one, other):
+            torch.default_generator.manual_seed(0)
+            params = torch.randn(8, family.num_params).to(like)
+            drawn.append(family.distribution(params).sample())
+    return torch.allclose(drawn[0], drawn[1], equal_nan=True)
 
 
 def _held_by(family: Family) -> list[Tensor]:
