@@ -150,7 +150,7 @@ def refine(
         if all(isinstance(f, GaussianFamily) for f in families.values()):
             climb = _GaussianClimb(GaussianElbo(model, families, start), x, start, tolerance)
         else:
-            climb = _FisherClimb(LocalElbo(model, families, _FISHER_DRAWS), x, start)
+            climb = _FisherClimb(LocalElbo(model, families, _FISHER_DRAWS), x, start, tolerance)
         least = climb.first_cost
         if budget is not None and budget < least:
             raise ValueError(
@@ -321,8 +321,11 @@ class _GaussianClimb:
 class _FisherClimb:
     """Natural-gradient steps with an estimated Fisher matrix, kept only where they gain."""
 
-    def __init__(self, elbo: LocalElbo, x: Tensor, start: Tensor) -> None:
-        self.elbo, self.x = elbo, x
+    def __init__(self, elbo: LocalElbo, x: Tensor, start: Tensor, tolerance: float) -> None:
+        self.elbo, self.x, self.tolerance = elbo, x, tolerance
+        # Of many looks, each on a few draws of its own, some are small by luck: a row that took
+        # steps has arrived when a look on more draws finds it so.
+        self.sharp = LocalElbo(elbo.model, elbo.families, _POLISH_DRAWS)
         self.reached = start.clone()
         self.first_cost = elbo.draws_for(start)
         self.reach = x.new_ones(len(x))
@@ -330,12 +333,14 @@ class _FisherClimb:
         self.promise = x.new_zeros(len(x))
         self.proposal = start.clone()
         # Where the density is no number its gradient counts as zero, which promises nothing.
+        everything = torch.arange(len(x), device=x.device)
         parts = [
             elbo.log_weights(x[part], start[part], elbo.num_draws).mean(dim=0)
-            for part in _parts(torch.arange(len(x), device=x.device), x, elbo.num_draws)
+            for part in _parts(everything, x, elbo.num_draws)
         ]
         self.alive = torch.isfinite(torch.cat(parts).detach())
-        self._look(torch.arange(len(x), device=x.device))
+        self._look(everything, elbo)
+        self.confirmed = self.promise <= tolerance
 
     @property
     def params(self) -> Tensor:
@@ -346,21 +351,30 @@ class _FisherClimb:
         return self.reach <= _SMALLEST_RADIUS
 
     def settled(self) -> Tensor:
-        return torch.ones_like(self.stuck)
+        return self.confirmed
+
+    def _small(self, rows: Tensor) -> Tensor:
+        return self.promise[rows] <= self.tolerance
 
     def cost(self, rows: Tensor) -> Tensor:
-        return torch.full((len(rows),), self.first_cost, device=self.x.device)
+        confirming = self.sharp.draws_for(self.reached)
+        return torch.where(self._small(rows), confirming, self.first_cost)
 
-    def _look(self, rows: Tensor) -> None:
-        for part in _parts(rows, self.x, self.first_cost):
+    def _look(self, rows: Tensor, elbo: LocalElbo) -> None:
+        cost = elbo.draws_for(self.reached)
+        for part in _parts(rows, self.x, cost):
             rate = 0.8 * self.reach[part]
-            proposal, promise = self.elbo.step(self.x[part], self.reached[part], rate)
+            proposal, promise = elbo.step(self.x[part], self.reached[part], rate)
             self.proposal[part] = proposal
             promise = torch.where(self.alive[part], promise, torch.inf)
             self.promise[part] = torch.nan_to_num(promise, nan=torch.inf, posinf=torch.inf)
-            self.spent[part] += self.first_cost
+            self.spent[part] += cost
 
     def advance(self, rows: Tensor) -> None:
+        small = self._small(rows)
+        self._look(rows[small], self.sharp)
+        self.confirmed[rows[small]] = self._small(rows[small])
+        rows = rows[~small]
         for part in _parts(rows, self.x, 2 * self.elbo.num_draws):
             difference = self.elbo.difference(
                 self.x[part], self.proposal[part], self.reached[part], self.elbo.num_draws
@@ -370,7 +384,7 @@ class _FisherClimb:
             self.reached[part] = torch.where(kept[:, None], self.proposal[part], self.reached[part])
             wider = torch.where(kept, 2 * self.reach[part], 0.25 * self.reach[part])
             self.reach[part] = wider.clamp(max=1.0)
-        self._look(rows)
+        self._look(rows, self.elbo)
 
 
 class _Run:

@@ -338,9 +338,11 @@ def test_a_guide_without_inputs_is_given_nothing():
     x = torch.randn(300, 3)
     comparison = ppvae.compare(line(3), guide, x[:50], num_samples=100)
     explanation = ppvae.explain(comparison, x[50:], steps=150, lr=1e-2)
-    # The posterior's mean is Σx / 4; given nothing, ½ 4 Var(Σx / 4) = 3 / 8 nats are lost.
+    # The posterior is N(Σx / 4, 1/4). Given nothing, ½ 4 Var(Σx / 4) = 3 / 8 nats are lost; that
+    # this guide cannot change its scale of 1 costs it ½ (4 − 1 − log 4) on top.
     gap, stderr = parts_of(explanation)
     assert abs(gap["missing_inputs"] - 3 / 8) < 4 * stderr["missing_inputs"]
+    assert abs(gap["capacity"] - 0.5 * (3 - math.log(4))) < 4 * stderr["capacity"] + 0.02
 
 
 # The parts on guides of all kinds, and what is left alone.

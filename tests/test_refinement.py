@@ -339,9 +339,9 @@ def test_a_laplace_ends_near_its_closed_form(tolerance):
     end = value(*done.guide.table("z").weight.detach().unbind(-1))
     start = value(x / 2 + 0.6, torch.full_like(x, math.log(0.9)))
     left = value(x / 2, torch.full_like(x, math.log(0.5))) - end
-    # What is promised is estimated on few draws, and a row stops at the first small promise: on
-    # average it has a little more left than that.
-    assert float(left.mean()) < 2.5 * tolerance
+    # What is promised is estimated on draws, and a row stops when it is small: on average there
+    # is a little more left than that.
+    assert float(left.mean()) < 2 * tolerance
     error = float(done.gain_stderr.square().sum().sqrt()) / 200
     assert abs(float((done.gain - (end - start)).mean())) < 4 * error
 

@@ -131,7 +131,7 @@ class GaussianFamily(Family):
         """λ of a mean and a Cholesky factor: the inverse of `gaussian`."""
 
     def from_normal(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent z at the Gaussian's value ``u``, and log |dz/du|.
+        """The latent z at the value ``u`` of the Gaussian, and the log volume of the map.
 
         Args:
             u: ``(*batch, size)``.
