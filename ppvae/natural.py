@@ -153,7 +153,7 @@ class GaussianElbo:
         )
 
     def log_density(self, x: Tensor, u: Tensor) -> Tensor:
-        """The log density of u, that of z = T(u) with the volume of T, at ``u`` ``(S, batch, D)``."""
+        """Log density of z = T(u) and the log volume of T, at ``u`` ``(S, batch, D)``."""
         values, jacobian, at = {}, torch.zeros(()).to(u), 0
         for name, family in self.families.items():
             part = u[..., at : at + family.size]
