@@ -119,7 +119,10 @@ def explanation(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
         error_kw={"ecolor": BLACK, "capsize": 3, "elinewidth": 1},
     )
     ax.axvline(0, color=BLACK, linewidth=0.8)
-    ax.set_yticks(at, [_CAUSES[part] for part in PARTS])
+    causes = dict(_CAUSES)
+    if ds.attrs.get("sees_all_inputs"):
+        causes["missing_inputs"] = "not learned\n(nothing is missing)"
+    ax.set_yticks(at, [causes[part] for part in PARTS])
     ax.invert_yaxis()
     ax.margins(x=0.1)
     ax.tick_params(axis="y", length=0)
