@@ -29,6 +29,8 @@ _SMALLEST_RADIUS = 1e-3
 # Of the rows that are open, those that promise at least this part of the most go first.
 _WORST_FIRST = 0.25
 _MEASURE_DRAWS = 100
+# Of many rows that gain little, some measure a loss of two or three errors by chance.
+_CLEARLY_WORSE = 4
 
 ACCEPTED, REFINED, GIVEN_UP = "accepted", "refined", "given up"
 
@@ -169,7 +171,7 @@ def refine(
             gain[part] = difference.mean(dim=0)
             stderr[part] = difference.std(dim=0) / math.sqrt(_MEASURE_DRAWS)
         # Steps on few draws may harm a row that had little to gain.
-        worse = (gain < -2 * stderr) | torch.isneginf(gain)
+        worse = (gain < -_CLEARLY_WORSE * stderr) | torch.isneginf(gain)
         params = torch.where(worse[:, None], start, params)
         gain, stderr = gain.masked_fill(worse, 0.0), stderr.masked_fill(worse, 0.0)
     outcome, reason = run.outcomes(worse)

@@ -276,7 +276,7 @@ def test_the_toys_rows_are_predicted_and_mended_in_every_family(name):
     gap, _ = mean_and_error(model, best.guide, guide, x, 4000)
     # 64 draws, and a Fisher matrix in the place of the curvature: the ranks are less sure than
     # those of Gaussians.
-    assert spearmanr(done.predicted_gap, gap).statistic > 0.8
+    assert spearmanr(done.predicted_gap, gap).statistic > 0.7
     # What is left to q* is below the tolerance, but for what the promises of few draws miss.
     left, error = mean_and_error(model, best.guide, done.guide, x, 4000)
     noise = float(error.square().sum().sqrt()) / 60
