@@ -322,12 +322,11 @@ def _compare(settings: Settings, out: Path, *, progress: bool) -> None:
 
 
 def _recovered(done: Refinement) -> str:
-    rows, finite = len(done.outcome), torch.isfinite(done.gain)
-    error = float(done.gain_stderr[finite].double().square().sum().sqrt()) / rows
+    mean, error = done.mean_gain()
     return (
-        f"{float(done.gain[finite].sum()) / rows:.4f} ± {error:.4f} nats a datum brought back at "
-        f"{1000 * done.seconds / rows:.2g} ms each; {done.count('accepted')} rows accepted as "
-        f"they are, {done.count('refined')} refined, {done.count('given up')} given up."
+        f"{mean:.4f} ± {error:.4f} nats a datum brought back at "
+        f"{1000 * done.seconds / len(done.outcome):.2g} ms each; {done.count('accepted')} rows "
+        f"accepted as they are, {done.count('refined')} refined, {done.count('given up')} given up."
     )
 
 

@@ -34,7 +34,7 @@ from ppvae.isolation import (
     seconds_now,
 )
 from ppvae.ledger import GAPS, Comparison
-from ppvae.local import LocalFit, fit_per_datapoint
+from ppvae.local import LocalFit, by_site, fit_per_datapoint
 from ppvae.training import Fit
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _compare(
         label = "per_datapoint" if len(fits) == 1 else f"per_datapoint {name}"
         columns[label], of[label] = local.guide, name
     began = seconds_now(x.device)
-    weights = _paired_weights(model, columns, x, num_samples, seed + 2)
+    weights = paired_weights(model, columns, x, num_samples, seed + 2)
     seconds_elbo = seconds_now(x.device) - began
     began = seconds_now(x.device)
     proposals = [*plan.freed.values(), *(local.guide for local in fits.values())]
@@ -289,26 +289,15 @@ def _plan(
         except ValueError:
             if family is None:
                 raise
-        wanted = plan.freed[name].families if family is None else _by_site(family, sites)
+        wanted = plan.freed[name].families if family is None else by_site(family, sites)
         key = _enter(plan, dict(wanted), name)
         plan.family_of[name] = key
         own = plan.freed.get(name)
         if own is not None and _same(own.families, wanted):
             plan.fits[key][1].append(own)
     for further in families:
-        _enter(plan, _by_site(further, sites), "families")
+        _enter(plan, by_site(further, sites), "families")
     return plan
-
-
-def _by_site(family: Family | Mapping[str, Family], sites: ModelSites) -> dict[str, Family]:
-    if isinstance(family, Family):
-        if len(sites.latents) > 1:
-            raise ValueError(
-                f"The model has latent sites {list(sites.latents)}: give a family for each, as a "
-                f"dict by site name."
-            )
-        return dict.fromkeys(sites.latents, family)
-    return dict(family)
 
 
 def _same(one: Mapping[str, Family], other: Mapping[str, Family]) -> bool:
@@ -350,7 +339,7 @@ def _active(model: Program, guide: Program, x: Tensor, seed: int) -> tuple[float
     return float(units.count), units.total
 
 
-def _paired_weights(
+def paired_weights(
     model: Program, guides: Mapping[str, Program], x: Tensor, num_samples: int, seed: int
 ) -> dict[str, Tensor]:
     """Log weights of several guides, ``(num_samples, batch)`` each, on common random numbers."""
@@ -501,15 +490,15 @@ def check_current(comparison: Comparison, guide: str) -> None:
     """
     ds, model, program = comparison.dataset, comparison.model, comparison.guides[guide]
     x, attrs = comparison.x, comparison.dataset.attrs
-    own = _family_names(per_datapoint(program, x, model=model).families)
+    own = per_datapoint(program, x, model=model).families
     against = str(ds["family"].sel(guide=guide).item()) if comparison.several else attrs["family"]
-    if not against.startswith(own):
+    if not _same(own, comparison.local_fits[against].guide.families):
         raise ValueError(
             f"comparison: its amortization gap is against the best {against} but the guide is "
-            f"{own}, so that it holds the difference between the families too. Compare again "
-            f"without family=."
+            f"{_family_names(own)}, so that it holds the difference between the families "
+            f"too. Compare again without family=."
         )
-    weights = _paired_weights(model, {guide: program}, x, attrs["num_samples"], attrs["seed"] + 2)
+    weights = paired_weights(model, {guide: program}, x, attrs["num_samples"], attrs["seed"] + 2)
     now = elbo_of(weights[guide]).value.double().cpu()
     then = torch.as_tensor(ds["elbo"].sel(guide=guide).values).double()
     if bool(((now - then).abs() > 1e-3 * then.abs().clamp(min=1.0)).any()):

@@ -33,7 +33,7 @@ from ppvae.fisher import LocalElbo
 from ppvae.guides import PerDatapoint, read_params
 from ppvae.isolation import check_rows, forked_rng, modules_of, seconds_now, unvalidated
 from ppvae.ledger import Comparison
-from ppvae.local import fit_per_datapoint
+from ppvae.local import fit_per_datapoint, flat_params
 from ppvae.nn import MLP
 
 if TYPE_CHECKING:
@@ -194,10 +194,7 @@ def explain(
         fit_per_datapoint(comparison.model, None, part, init=program, seed=seed + 1)
         for part in (rows.measured, rows.seen)
     ]
-    optimum, optimum_seen = (
-        setting.flat(best.guide, part)
-        for best, part in zip(fits, (rows.measured, rows.seen), strict=True)
-    )
+    optimum, optimum_seen = (flat_params(best.guide, setting.elbo.families) for best in fits)
     with setting.restored():
         before = setting.encode(rows.measured)
         longer = setting.train(setting.encode, rows, steps, batch_size, lr)
@@ -350,11 +347,6 @@ class EncoderTraining:
             families: Mapping[str, Family] = read_params(program, few, sites).families
         ordered = {name: families[name] for name in sites.latents}
         return cls(program, sites, LocalElbo(model, ordered, _TRAINING_DRAWS), seed, few)
-
-    def flat(self, guide: PerDatapoint, x: Tensor) -> Tensor:
-        """λ of all sites in the model's order."""
-        params = guide.params(x)
-        return torch.cat([params[name] for name in self.elbo.families], dim=-1).detach()
 
     def encode(self, x: Tensor) -> Tensor:
         """λ of the guide for rows, differentiable in its parameters."""

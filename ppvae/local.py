@@ -139,7 +139,7 @@ def fit_per_datapoint(
         families = _families(family, freed, sites)
         cold = torch.zeros(len(x), sum(f.num_params for f in families.values())).to(x)
         guide = PerDatapoint(families, len(x), plate=sites.plate).to(x)
-        warm = [_flat(guide, families) for guide in freed]
+        warm = [flat_params(guide, families) for guide in freed]
         size = sum(f.size for f in families.values())
         elbo = LocalElbo(model, families, _enough_draws(num_draws, size))
         parts = []
@@ -152,7 +152,7 @@ def fit_per_datapoint(
         )
         if not freed:
             start = start + 1  # There was no start at a guide's output.
-        _fill(guide, params)
+        fill_tables(guide, params)
     seconds = seconds_now(x.device) - began
     with judging(seed + 1, x, model, guide), torch.no_grad():
         weights = torch.cat(
@@ -190,17 +190,7 @@ def _families(
     family: Family | Mapping[str, Family] | None, freed: Sequence[PerDatapoint], sites: ModelSites
 ) -> dict[str, Family]:
     """The family of each of the model's latent sites, in the model's order."""
-    if family is None:
-        given = dict(freed[0].families)
-    elif isinstance(family, Family):
-        if len(sites.latents) > 1:
-            raise ValueError(
-                f"The model has latent sites {list(sites.latents)}: give a family for each, "
-                f"as a dict by site name."
-            )
-        given = dict.fromkeys(sites.latents, family)
-    else:
-        given = dict(family)
+    given = dict(freed[0].families) if family is None else by_site(family, sites)
     if set(given) != set(sites.latents):
         raise ValueError(
             f"Expected families for the latent sites {list(sites.latents)}; got {list(given)}."
@@ -217,12 +207,29 @@ def _families(
     return {name: given[name] for name in sites.latents}
 
 
-def _flat(guide: PerDatapoint, order: Iterable[str]) -> Tensor:
+def by_site(family: Family | Mapping[str, Family], sites: ModelSites) -> dict[str, Family]:
+    """Families by latent site, where one may be given for a model with one site.
+
+    Raises:
+        ValueError: If one family is given for several sites.
+    """
+    if isinstance(family, Family):
+        if len(sites.latents) > 1:
+            raise ValueError(
+                f"The model has latent sites {list(sites.latents)}: give a family for each, as a "
+                f"dict by site name."
+            )
+        return dict.fromkeys(sites.latents, family)
+    return dict(family)
+
+
+def flat_params(guide: PerDatapoint, order: Iterable[str]) -> Tensor:
     """λ of all sites in a row; the guide's own order may differ from the model's."""
     return torch.cat([guide.table(name).weight.detach() for name in order], dim=-1)
 
 
-def _fill(guide: PerDatapoint, params: Tensor) -> None:
+def fill_tables(guide: PerDatapoint, params: Tensor) -> None:
+    """Put λ of all sites, in the guide's order, into its tables: the inverse of `flat_params`."""
     at = 0
     for name, family in guide.families.items():
         part = params[:, at : at + family.num_params].clone()

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppvae.density import Program, check_count, judging, read_model, row_chunks
 from ppvae.families import GaussianFamily
 from ppvae.fisher import LocalElbo
 from ppvae.guides import PerDatapoint, per_datapoint
 from ppvae.isolation import check_rows, seconds_now, unvalidated
+from ppvae.local import fill_tables, flat_params
 from ppvae.natural import GaussianElbo, GaussianState, Nodes
 
 _LEAST_DRAWS = 32
@@ -67,11 +68,16 @@ class Refinement:
         """Number of rows with this outcome."""
         return self.outcome.count(outcome)
 
+    def mean_gain(self) -> tuple[float, float]:
+        """Nats a datum brought back, and the error; rows with an infinite gain count as zero."""
+        rows, finite = len(self.outcome), torch.isfinite(self.gain)
+        error = self.gain_stderr[finite].double().square().sum().sqrt()
+        return float(self.gain[finite].double().sum()) / rows, float(error) / rows
+
     def __repr__(self) -> str:
         rows = len(self.outcome)
         finite = torch.isfinite(self.gain)
-        mean = float(self.gain[finite].double().sum()) / rows
-        error = float(self.gain_stderr[finite].double().square().sum().sqrt()) / rows
+        mean, error = self.mean_gain()
         lines = [
             f"Refinement of {rows} rows: {self.count(ACCEPTED)} accepted as they are, "
             f"{self.count(REFINED)} refined, {self.count(GIVEN_UP)} given up.",
@@ -147,7 +153,7 @@ def refine(
         with torch.no_grad():
             sites = read_model(model, x)
             families = {name: freed.families[name] for name in sites.latents}
-            start = torch.cat([freed.table(name).weight.detach() for name in families], dim=-1)
+            start = flat_params(freed, families)
         climb: _Climb
         if all(isinstance(f, GaussianFamily) for f in families.values()):
             climb = _GaussianClimb(GaussianElbo(model, families, start), x, start, tolerance)
@@ -176,11 +182,7 @@ def refine(
         gain, stderr = gain.masked_fill(worse, 0.0), stderr.masked_fill(worse, 0.0)
     outcome, reason = run.outcomes(worse)
     out = PerDatapoint(families, len(x), plate=freed.plate).to(x)
-    at = 0
-    for name, family in families.items():
-        part = params[:, at : at + family.num_params].clone()
-        out.table(name).weight = nn.Parameter(part)
-        at += family.num_params
+    fill_tables(out, params)
     return Refinement(
         guide=out,
         outcome=outcome,

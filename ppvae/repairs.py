@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppvae.comparison import check_current, seconds_to_encode
+from ppvae.comparison import check_current, paired_weights, seconds_to_encode
 from ppvae.density import Program, check_count, draw_chunks, judging, weigh
 from ppvae.explanation import EncoderTraining, TrainingRows, check_same_kind
 from ppvae.families import DiagonalNormal, Family, FullRankNormal
@@ -259,12 +259,8 @@ class _Bench:
 
     def _weights(self, guide: Program) -> Tensor:
         """Log weights of all rows, on draws that are common to all guides."""
-        parts = []
-        for chunk, size in enumerate(draw_chunks(_DRAWS, self.x)):
-            # A seed for each portion, so that no guide's draws fall behind another's.
-            with judging(self.seed + 1 + 7919 * chunk, self.x, self.model, guide), torch.no_grad():
-                parts.append(weigh(self.model, guide, self.x, size)[0].double())
-        return torch.cat(parts)
+        weights = paired_weights(self.model, {"": guide}, self.x, _DRAWS, self.seed + 1)
+        return weights[""].double()
 
     def _draws(self, x: Tensor, count: int) -> Tensor:
         """Log weights of further draws from the guide, in portions that fit into memory."""
