@@ -19,6 +19,8 @@ from torch.distributions import transforms
 from ppvae.density import GuideSite, ModelSites, Program, read_guide, support_name
 from ppvae.families import (
     BUILT_IN,
+    Bernoulli,
+    Categorical,
     DiagonalNormal,
     DistributionFamily,
     Family,
@@ -130,10 +132,16 @@ def _read(name: str, fn: Any) -> tuple[Family, Tensor]:
     its_class = type(inner)
     if its_class.__module__.startswith("torch.distributions."):
         its_class = getattr(dist, its_class.__name__, its_class)  # Pyro's of the same name.
+    if its_class is dist.Categorical and len(fn.event_shape) <= 1:
+        classes = inner.logits.shape[-1]
+        categorical = Categorical(classes, fn.event_shape[0] if fn.event_shape else None)
+        return categorical, categorical.params_of(fn)
     kind = BUILT_IN.get(its_class)
     if kind is not None and len(fn.event_shape) <= 1:
         family: Family = kind(fn.event_shape[0] if fn.event_shape else None)
         return family, family.params_of(fn)
+    if kind is Bernoulli:
+        raise _not_free(name, fn, "Declare a binary latent as a vector: reshape inside the model.")
     if kind is not None and kind is not FullRankNormal:
         # Matrices and the like: the family of the elements in a row, reshaped.
         return _read_array(kind, fn, inner)

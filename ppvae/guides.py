@@ -33,14 +33,16 @@ class Amortized(OwnedModule):
     r"""A guide whose parameters come from a network: :math:`\lambda_n = \mathrm{NN}(x_n)`.
 
     Args:
-        family: The variational family.
-        encoder: From rows ``(batch, *event)`` to ``(batch, family.num_params)``; rows that are
-            scalars reach it as ``(batch, 1)``.
-        site: Name of the latent site.
+        family: The variational family, or one for each latent site by name; a `Given` stands
+            after the site that it hangs on.
+        encoder: From rows ``(batch, *event)`` to ``(batch, num_params)``, the parameters of all
+            sites one after the other; rows that are scalars reach it as ``(batch, 1)``.
+        site: Name of the latent site, where one family is given.
         plate: Name of the plate over the rows.
 
     Raises:
-        ValueError: On a call whose encoder output is not ``(batch, family.num_params)``.
+        ValueError: If there is no family; on a call whose encoder output is not
+            ``(batch, num_params)``.
 
     Example:
         >>> from ppvae.families import LogNormal
@@ -50,37 +52,86 @@ class Amortized(OwnedModule):
     """
 
     def __init__(
-        self, family: Family, encoder: nn.Module, *, site: str = "z", plate: str = "data"
+        self,
+        family: Family | Mapping[str, Family],
+        encoder: nn.Module,
+        *,
+        site: str = "z",
+        plate: str = "data",
     ) -> None:
         super().__init__()
-        self.family = family
+        self.families = _by_name(family, site)
         self.encoder = encoder
-        self.site, self.plate = site, plate
+        self.plate = plate
+        # Flows have weights of their own, which are trained with the encoder.
+        self.trained_families = nn.ModuleList(
+            f for f in self.families.values() if isinstance(f, nn.Module)
+        )
 
     @property
-    def families(self) -> Mapping[str, Family]:
-        """The family of each latent site."""
-        return {self.site: self.family}
+    def family(self) -> Family:
+        """The family of the only latent site.
+
+        Raises:
+            ValueError: If there are several sites; see `families`.
+        """
+        if len(self.families) > 1:
+            raise ValueError(
+                f"The guide has a family for each of the sites {list(self.families)}: use "
+                f"guide.families."
+            )
+        return next(iter(self.families.values()))
 
     def params(self, x: Tensor) -> Tensor:
-        """λ for these rows, ``(batch, family.num_params)``."""
+        """λ of all sites for these rows, ``(batch, num_params)``."""
         out: Tensor = self.encoder(x[:, None] if x.dim() == 1 else x)
-        expected = (x.shape[0], self.family.num_params)
+        expected = (x.shape[0], sum(f.num_params for f in self.families.values()))
         if tuple(out.shape) != expected:
             raise ValueError(
-                f"encoder: expected outputs of shape {expected} for {self.family!r}; got "
-                f"{tuple(out.shape)}. Give it family.num_params = {expected[1]} outputs."
+                f"encoder: expected outputs of shape {expected} for {_described(self.families)}; "
+                f"got {tuple(out.shape)}. Give it family.num_params = {expected[1]} outputs."
             )
         return out
 
-    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
-        """The guide as a Pyro program: draws z for every row."""
+    def by_site(self, params: Tensor) -> dict[str, Tensor]:
+        """λ of all sites, ``(batch, num_params)``, site by site."""
+        parts = params.split([f.num_params for f in self.families.values()], dim=-1)
+        return dict(zip(self.families, parts, strict=True))
+
+    def forward(
+        self, x: Tensor | None = None, size: int | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """The guide as a Pyro program: draws z for every row, or by site where there are more."""
         params = self.params(_need_rows(self, x))
         with pyro.plate(self.plate, params.shape[0], dim=-1):
-            return pyro.sample(self.site, self.family.distribution(params))
+            values = _draw(self.families, self.by_site(params))
+        return next(iter(values.values())) if len(values) == 1 else values
 
     def __repr__(self) -> str:
-        return f"Amortized({self.family!r}, {self.encoder!r}, site={self.site!r})"
+        if len(self.families) == 1:
+            ((site, family),) = self.families.items()
+            return f"Amortized({family!r}, {self.encoder!r}, site={site!r})"
+        return f"Amortized({_described(self.families)}, {self.encoder!r})"
+
+
+def _by_name(family: Family | Mapping[str, Family], site: str) -> dict[str, Family]:
+    families = {site: family} if isinstance(family, Family) else dict(family)
+    if not families:
+        raise ValueError("family: expected at least one latent site with its family; got none.")
+    return families
+
+
+def _described(families: Mapping[str, Family]) -> str:
+    if len(families) == 1:
+        return repr(next(iter(families.values())))
+    return "{" + ", ".join(f"{name!r}: {family!r}" for name, family in families.items()) + "}"
+
+
+def _draw(families: Mapping[str, Family], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for name, family in families.items():
+        values[name] = pyro.sample(name, family.member(params[name], values))
+    return values
 
 
 class PerDatapoint(OwnedModule):
@@ -111,9 +162,7 @@ class PerDatapoint(OwnedModule):
         plate: str = "data",
     ) -> None:
         super().__init__()
-        self.families: Mapping[str, Family] = (
-            {site: family} if isinstance(family, Family) else dict(family)
-        )
+        self.families = _by_name(family, site)
         self.num_data, self.plate = num_data, plate
         self.tables = nn.ModuleDict(
             {_key(name): Table(num_data, f.num_params) for name, f in self.families.items()}
@@ -162,10 +211,7 @@ class PerDatapoint(OwnedModule):
         """The guide as a Pyro program: draws the latents of every row, by site."""
         params = self.params(_need_rows(self, x))
         with pyro.plate(self.plate, len(next(iter(params.values()))), dim=-1):
-            return {
-                name: pyro.sample(name, family.distribution(params[name]))
-                for name, family in self.families.items()
-            }
+            return _draw(self.families, params)
 
     def __repr__(self) -> str:
         parts = [f"{f!r}, {self.table(n)!r}, site={n!r}" for n, f in self.families.items()]
@@ -231,10 +277,11 @@ def read_params(
         params = guide.params(x)
         if not once and not torch.allclose(params, guide.params(x), rtol=1e-5, atol=1e-6):
             raise ValueError(
-                f"Site {guide.site!r}: the encoder's output for the same rows is another one at "
-                f"each call, in eval mode too. Use layers that heed eval mode."
+                f"Site {', '.join(map(repr, guide.families))}: the encoder's output for the same "
+                f"rows is another one at each call, in eval mode too. Use layers that heed eval "
+                f"mode."
             )
-        return Reading(guide.plate, guide.families, {guide.site: params})
+        return Reading(guide.plate, guide.families, guide.by_site(params))
     if isinstance(guide, PerDatapoint):
         return Reading(guide.plate, guide.families, guide.params(x))
     return read_families(guide, x, sites) if once else read_free(guide, x, sites)

@@ -108,12 +108,7 @@ class GaussianElbo:
         for name, family in families.items():
             assert isinstance(family, GaussianFamily)
             self.families[name] = family
-            labels = (
-                torch.zeros(family.size, dtype=torch.long)
-                if family.full_rank
-                else torch.arange(family.size)
-            )
-            blocks.append(labels + sum(len(b) for b in blocks))
+            blocks.append(family.block_labels + sum(len(b) for b in blocks))
         label = torch.cat(blocks)
         self.size = len(label)
         self.structure = (label[:, None] == label[None, :]).to(like)

@@ -54,7 +54,11 @@ def optimum(model, x, family):
     """λ of the best Gaussian: the posterior's mean, and its covariance or inverted precisions."""
     posterior = model.posterior(x)
     precision = posterior.precision_matrix[0].detach()
-    tril = posterior.scale_tril[0] if family.full_rank else torch.diag(precision.diagonal().rsqrt())
+    tril = (
+        posterior.scale_tril[0]
+        if isinstance(family, FullRankNormal)
+        else torch.diag(precision.diagonal().rsqrt())
+    )
     return posterior.mean.detach(), tril.detach().expand(len(x), -1, -1), precision
 
 

@@ -5,7 +5,7 @@ or a table, is the guide's business (`ppvae.guides`): swapping only the source i
 amortization, swapping only the family isolates approximation.
 
 λ = 0 is each family's neutral member, the cold start of per-datapoint fits: a standard normal, a
-standard log-normal, an exponential with rate 1, the truncated standard normal.
+standard log-normal, an exponential with rate 1, the truncated standard normal, fair coins.
 """
 
 from ppvae.families.base import BUILT_IN, Family, GaussianFamily, innermost
@@ -17,7 +17,9 @@ from ppvae.families.composed import (
     same_family,
     transformed,
 )
+from ppvae.families.discrete import Bernoulli, Categorical, DiscreteFamily, Given
 from ppvae.families.named import (
+    BlockNormal,
     DiagonalNormal,
     FullRankNormal,
     Gamma,
@@ -28,12 +30,17 @@ from ppvae.families.named import (
 
 __all__ = [
     "BUILT_IN",
+    "Bernoulli",
+    "BlockNormal",
+    "Categorical",
     "DiagonalNormal",
+    "DiscreteFamily",
     "DistributionFamily",
     "Family",
     "FullRankNormal",
     "Gamma",
     "GaussianFamily",
+    "Given",
     "LogNormal",
     "Transformed",
     "TransformedGaussian",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ class Family(ABC):
         num_params: Size of a row λ.
         event_shape: ``()`` or ``(latent_dim,)``.
         support: torch's constraint on the values.
+        given: Name of the latent site whose value the distribution hangs on, `None` where λ alone
+            says it (see `Given`).
     """
 
     support: Any = constraints.real
+    given: str | None = None
     _params_per_latent = 2
 
     def __init__(self, latent_dim: int | None = None) -> None:
@@ -63,6 +67,16 @@ class Family(ABC):
                 f"{tuple(params.shape)}. Give the encoder family.num_params outputs."
             )
         return self._build(params)
+
+    def member(self, params: Tensor, values: Mapping[str, Tensor]) -> Any:
+        """The member with these parameters, beside the values of latent sites drawn before it.
+
+        Args:
+            params: λ, ``(*batch, num_params)``.
+            values: By site, what was drawn; the families of a guide stand in an order in which a
+                site comes after the one that it is `given`.
+        """
+        return self.distribution(params)
 
     @abstractmethod
     def _build(self, params: Tensor) -> Any: ...
@@ -116,11 +130,14 @@ class GaussianFamily(Family):
 
     Attributes:
         bijection: torch's transform from the reals onto the support, element by element.
-        full_rank: Whether the Gaussian has a full covariance.
     """
 
     bijection: Any = transforms.identity_transform
-    full_rank = False
+
+    @property
+    def block_labels(self) -> Tensor:
+        """For each element the number of its block, ``(size,)``: blocks are independent."""
+        return torch.arange(self.size)
 
     @abstractmethod
     def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:

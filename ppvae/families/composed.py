@@ -187,9 +187,9 @@ class TransformedGaussian(Transformed, GaussianFamily):
     base: GaussianFamily
 
     @property
-    def full_rank(self) -> bool:  # type: ignore[override]
-        """Whether the Gaussian has a full covariance."""
-        return self.base.full_rank
+    def block_labels(self) -> Tensor:
+        """For each element of the Gaussian the number of its block."""
+        return self.base.block_labels
 
     def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and Cholesky factor of λ."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -52,7 +53,85 @@ class DiagonalNormal(_DiagonalGaussian):
         return self._join(normal.loc, torch.log(normal.scale))
 
 
-class FullRankNormal(GaussianFamily):
+class BlockNormal(GaussianFamily):
+    r"""Structured mean field: a Gaussian with independent blocks.
+
+    .. math:: q(z) = \prod_b N(z_b; \mu_b, L_b L_b^\top)
+
+    λ = (μ, log diag L, what is below the diagonal inside of the blocks, row by row). Elements of
+    a block need not be neighbours: blocks of a series may be its time steps, or its coordinates
+    over time (Saul & Jordan 1996).
+
+    Args:
+        latent_dim: Size of the latent.
+        blocks: The elements of each block; together they are all elements, each once.
+
+    Raises:
+        ValueError: If the blocks are no partition of the elements.
+
+    Example:
+        >>> BlockNormal(4, [(0, 2), (1, 3)]).num_params
+        10
+    """
+
+    support = constraints.real_vector
+
+    def __init__(self, latent_dim: int, blocks: Sequence[Sequence[int]]) -> None:
+        super().__init__(latent_dim)
+        self.blocks = tuple(tuple(int(i) for i in block) for block in blocks)
+        elements = [i for block in self.blocks for i in block]
+        if sorted(elements) != list(range(self.size)) or () in self.blocks:
+            raise ValueError(
+                f"blocks: expected a partition of the elements 0 to {self.size - 1}, each in one "
+                f"block; got {list(self.blocks)}."
+            )
+        rows, columns = torch.tril_indices(self.size, self.size, offset=-1)
+        labels = self.block_labels
+        inside = labels[rows] == labels[columns]
+        self._rows, self._columns = rows[inside], columns[inside]
+
+    @property
+    def block_labels(self) -> Tensor:
+        """For each element the number of its block."""
+        labels = torch.empty(self.size, dtype=torch.long)
+        for number, block in enumerate(self.blocks):
+            labels[list(block)] = number
+        return labels
+
+    @property
+    def num_params(self) -> int:
+        """Size of a row of parameters."""
+        return 2 * self.size + len(self._rows)
+
+    def _build(self, params: Tensor) -> Any:
+        loc, tril = self.gaussian(params)
+        return dist.MultivariateNormal(loc, scale_tril=tril)
+
+    def params_of(self, member: Any) -> Tensor:
+        """λ of a multivariate normal distribution; what joins two blocks is left out."""
+        normal = innermost(member)
+        return self.from_gaussian(normal.loc, normal.scale_tril)
+
+    def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and Cholesky factor of λ."""
+        d = self.size
+        loc, log_diagonal, rest = params.split([d, d, len(self._rows)], dim=-1)
+        tril = torch.diag_embed(torch.exp(log_diagonal))
+        below = torch.zeros_like(tril)
+        below[..., self._rows, self._columns] = rest
+        return loc, tril + below
+
+    def from_gaussian(self, loc: Tensor, tril: Tensor) -> Tensor:
+        """λ of a mean and a Cholesky factor."""
+        diagonal = torch.diagonal(tril, dim1=-2, dim2=-1)
+        rest = tril[..., self._rows, self._columns]
+        return torch.cat([loc, torch.log(diagonal), rest], dim=-1)
+
+    def __repr__(self) -> str:
+        return f"BlockNormal({self.size}, {list(self.blocks)})"
+
+
+class FullRankNormal(BlockNormal):
     r"""Gaussian with a full covariance, :math:`q(z) = N(z; \mu, L L^\top)`.
 
     λ = (μ, log diag L, the rest of L row by row): d + d (d + 1) / 2 numbers.
@@ -65,43 +144,13 @@ class FullRankNormal(GaussianFamily):
         9
     """
 
-    support = constraints.real_vector
-    full_rank = True
-
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim)
         if latent_dim is None:
             raise ValueError("FullRankNormal needs a latent_dim; a scalar takes DiagonalNormal().")
+        super().__init__(latent_dim, [range(latent_dim)] if latent_dim > 0 else [])
 
-    @property
-    def num_params(self) -> int:
-        """Size of a row of parameters."""
-        return self.size + self.size * (self.size + 1) // 2
-
-    def _build(self, params: Tensor) -> Any:
-        loc, tril = self.gaussian(params)
-        return dist.MultivariateNormal(loc, scale_tril=tril)
-
-    def params_of(self, member: Any) -> Tensor:
-        """λ of a multivariate normal distribution."""
-        normal = innermost(member)
-        return self.from_gaussian(normal.loc, normal.scale_tril)
-
-    def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and Cholesky factor of λ."""
-        d = self.size
-        loc, log_diagonal, rest = params.split([d, d, d * (d - 1) // 2], dim=-1)
-        rows, columns = torch.tril_indices(d, d, offset=-1, device=params.device)
-        tril = torch.diag_embed(torch.exp(log_diagonal))
-        below = torch.zeros_like(tril)
-        below[..., rows, columns] = rest
-        return loc, tril + below
-
-    def from_gaussian(self, loc: Tensor, tril: Tensor) -> Tensor:
-        """λ of a mean and a Cholesky factor."""
-        rows, columns = torch.tril_indices(self.size, self.size, offset=-1, device=loc.device)
-        diagonal = torch.diagonal(tril, dim1=-2, dim2=-1)
-        return torch.cat([loc, torch.log(diagonal), tril[..., rows, columns]], dim=-1)
+    def __repr__(self) -> str:
+        return f"FullRankNormal({self.size})"
 
 
 class LogNormal(_DiagonalGaussian):
