@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae.configurations import MOST_CONFIGURATIONS, is_discrete, num_configurations
 from ppvae.density import (
     ModelSites,
     Program,
@@ -23,7 +24,7 @@ from ppvae.density import (
     weigh,
 )
 from ppvae.diagnostics import active_units, pareto_k, pareto_k_threshold
-from ppvae.evidence import Estimate, elbo_of, mixture_evidence, quadrature
+from ppvae.evidence import Estimate, elbo_of, enumeration, mixture_evidence, quadrature
 from ppvae.families import Family, same_family
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
 from ppvae.isolation import (
@@ -71,8 +72,9 @@ def compare(
     with :math:`q^*_n` the best member of the guide's own family for that datum (Cremer, Li &
     Duvenaud 2018, eq. 5). Both guides share family, site distribution, estimator and draws; the
     model is held fixed, in eval mode. The evidence is exact where the model has
-    ``log_evidence(x)``, by quadrature where the latent has at most two dimensions, and otherwise
-    importance weighted, with the mixture of all guides as proposal.
+    ``log_evidence(x)``, by enumeration where its latents have few values, by quadrature where they
+    have at most two dimensions, and otherwise importance weighted, with the mixture of all guides
+    as proposal.
 
     Args:
         model: A Pyro model with one local plate over the rows, called as ``model(x)``.
@@ -369,10 +371,9 @@ def _evidence(
                 f"row; got {tuple(value.shape) if isinstance(value, Tensor) else value!r}."
             )
         return Estimate(value, torch.zeros_like(value), "exact", "exact")
-    continuous = not any(
-        getattr(site.support, "is_discrete", False) for site in sites.latents.values()
-    )
-    if sites.size <= 2 and continuous:
+    if num_configurations(sites) <= MOST_CONFIGURATIONS:
+        return enumeration(model, x)
+    if sites.size <= 2 and not any(map(is_discrete, sites.latents.values())):
         integral = quadrature(model, x)
         if bool((integral.stderr < _LARGEST_QUADRATURE_ERROR).all()):
             return integral

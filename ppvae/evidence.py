@@ -13,6 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ppvae.configurations import (
+    MOST_CONFIGURATIONS,
+    joint_table,
+    num_classes,
+    num_configurations,
+)
 from ppvae.density import (
     LatentSite,
     Program,
@@ -196,10 +202,12 @@ def mixture_evidence(
         for own, guide in zip(params, guides, strict=True):
             parts = []
             for size in draw_chunks(num_samples, x):
-                z = {
-                    site: family.distribution(own[site]).sample(torch.Size([size]))
-                    for site, family in guide.families.items()
-                }
+                z: dict[str, Tensor] = {}
+                for site, family in guide.families.items():
+                    member = family.member(own[site], z)
+                    # A member that hangs on a draw has the draws among its rows already.
+                    drawn = torch.Size([] if family.given else [size])
+                    z[site] = member.sample(drawn)
                 parts.append(joint(model, x, z) - _log_mixture(guides, params, z))
             weights.append(torch.cat(parts))
     stacked = torch.stack(weights)
@@ -214,9 +222,11 @@ def _judges_any_draw(guide: PerDatapoint, x: Tensor) -> bool:
     """Whether a guide's density can be had at values that it did not draw itself."""
     params = guide.params(x)
     try:
+        values: dict[str, Tensor] = {}
         for site, family in guide.families.items():
-            member = family.distribution(params[site])
-            member.log_prob(member.sample().clone())
+            member = family.member(params[site], values)
+            values[site] = member.sample().clone()
+            member.log_prob(values[site])
     except (KeyError, NotImplementedError, ValueError):
         return False
     return True
@@ -229,7 +239,7 @@ def _log_mixture(
     for guide, its in zip(guides, params, strict=True):
         densities = []
         for site, family in guide.families.items():
-            member = family.distribution(its[site])
+            member = family.member(its[site], z)
             inside = member.support.check(z[site])
             # What lies outside of one family's support is drawn by another.
             where = inside.reshape(inside.shape + (1,) * (z[site].dim() - inside.dim()))
@@ -239,6 +249,53 @@ def _log_mixture(
             densities.append(member.log_prob(safe).masked_fill(~inside, -torch.inf))
         terms.append(torch.stack(densities).sum(dim=0))
     return torch.logsumexp(torch.stack(terms), dim=0) - math.log(len(guides))
+
+
+def enumeration(model: Program, x: Tensor) -> Estimate:
+    r"""Evidence by a sum over all values of the latent variables, where these are discrete.
+
+    .. math:: \log p(x_n) = \log \sum_z p(x_n, z)
+
+    Args:
+        model: A Pyro model with one local plate, called as ``model(x)``, whose latent sites are
+            discrete with at most 16,384 values together: 14 binary units, say.
+        x: Rows, ``(batch, *event)``.
+
+    Returns:
+        log p(x), exact up to rounding; ``stderr`` is zero.
+
+    Raises:
+        ValueError: If a latent is continuous or has infinitely many values, there are too many
+            values, or the rows or the model are unfit.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def coins(x):  # two fair coins, their sum observed with noise
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+        >>> enumeration(coins, torch.tensor([1.0])).value
+        tensor([-1.1382])
+    """
+    check_rows(x, model)
+    with judging(0, x, model), torch.no_grad():
+        sites = read_model(model, x)
+        for site in sites.latents.values():
+            if num_classes(site) is None:
+                raise ValueError(
+                    f"Site {site.name!r} ({site.family}) has infinitely many values, so there is "
+                    f"no sum over them. Use ppvae.quadrature or ppvae.iwae."
+                )
+        count = num_configurations(sites)
+        if count > MOST_CONFIGURATIONS:
+            sizes = {s.name: s.event_shape for s in sites.latents.values()}
+            raise ValueError(
+                f"enumeration sums over at most {MOST_CONFIGURATIONS} values of the latent "
+                f"variables; the model has {count:.3g}, in sites {sizes}. Use ppvae.iwae."
+            )
+        value = torch.logsumexp(joint_table(model, x, sites).double(), dim=0).to(x.dtype)
+    return Estimate(value, torch.zeros_like(value), "exact", "enumeration")
 
 
 # Log densities this far below the peak are left out of an integral: e⁻⁴⁵ < 1e-19.

@@ -28,7 +28,7 @@ from ppvae.density import (
     judging,
     row_chunks,
 )
-from ppvae.families import Family
+from ppvae.families import Family, in_order
 from ppvae.fisher import LocalElbo
 from ppvae.guides import PerDatapoint, read_params
 from ppvae.isolation import check_rows, forked_rng, modules_of, seconds_now, unvalidated
@@ -345,7 +345,7 @@ class EncoderTraining:
         with judging(seed, few, model, program), torch.no_grad():
             sites = check_pair(model, program, few)
             families: Mapping[str, Family] = read_params(program, few, sites).families
-        ordered = {name: families[name] for name in sites.latents}
+        ordered = in_order(families, sites.latents)
         return cls(program, sites, LocalElbo(model, ordered, _TRAINING_DRAWS), seed, few)
 
     def encode(self, x: Tensor) -> Tensor:

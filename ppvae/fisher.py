@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppvae.density import Program, joint
-from ppvae.families import Family
+from ppvae.configurations import configurations
+from ppvae.density import LatentSite, Program, joint
+from ppvae.families import DiscreteFamily, Family, split_sites
 from ppvae.isolation import forked_rng
 
 _LEARNING_RATE = 0.05
@@ -26,6 +27,8 @@ _ADAM_STEPS = 200
 _NEAR = 0.5
 # The Fisher matrix costs P² per row: families with more parameters rely on Adam alone.
 _MOST_FISHER = 64
+# Each costs an evaluation of the model at all draws.
+_MOST_CONFIGURATIONS = 256
 # Directions of λ with less than this part of the largest information move the distribution not.
 _IDLE = 1e-4
 _ROUND, _ROUNDS = 20, 3
@@ -59,16 +62,69 @@ class LocalElbo:
             num_draws: Number of draws.
             still: Whether log q holds its λ constant, and follows the draws alone.
         """
-        values, log_q, at = {}, torch.zeros(()), 0
+        parts = split_sites(self.families, params)
+        discrete = {n: f for n, f in self.families.items() if isinstance(f, DiscreteFamily)}
+        if not discrete:
+            return self._weigh(x, parts, {}, num_draws, still=still)
+        # Discrete latents are summed over, so that what is left is differentiable in λ.
+        table = _values_of(discrete, x)
+        if len(discrete) == len(self.families):
+            weight = self._at_all(x, parts, table, still=still)
+            return weight.expand(num_draws, len(x))
+        total = torch.zeros(()).to(x)
+        for index in range(len(next(iter(table.values())))):
+            shape = (num_draws, len(x))
+            chosen = {
+                name: value[index].expand(*shape, *value.shape[1:]) for name, value in table.items()
+            }
+            log_q = _log_prob(discrete, parts, chosen)
+            weight = self._weigh(x, parts, chosen, num_draws, still=still)
+            total = total + log_q.exp() * (weight - (log_q.detach() if still else log_q))
+        return total
+
+    def _at_all(
+        self,
+        x: Tensor,
+        parts: Mapping[str, Tensor],
+        table: Mapping[str, Tensor],
+        *,
+        still: bool,
+    ) -> Tensor:
+        """The ELBO itself where all latents are discrete: nothing is drawn."""
+        values = {
+            name: value[:, None].expand(len(value), len(x), *value.shape[1:])
+            for name, value in table.items()
+        }
+        log_p = joint(self.model, x, values)
+        with_draws = next(iter(parts.values())).dim() == 3
+        if with_draws:
+            values = {name: value[:, None] for name, value in values.items()}
+            log_p = log_p[:, None]
+        families = {n: f for n, f in self.families.items() if isinstance(f, DiscreteFamily)}
+        log_q = _log_prob(families, parts, values)
+        return (log_q.exp() * (log_p - (log_q.detach() if still else log_q))).sum(dim=0)
+
+    def _weigh(
+        self,
+        x: Tensor,
+        parts: Mapping[str, Tensor],
+        chosen: Mapping[str, Tensor],
+        num_draws: int,
+        *,
+        still: bool,
+    ) -> Tensor:
+        """log p(x, z) − log q over the sites that are drawn, those chosen at their values."""
+        values, log_q = dict(chosen), torch.zeros(())
         for name, family in self.families.items():
-            part = params[..., at : at + family.num_params]
-            member = family.distribution(part)
-            shape = torch.Size() if params.dim() == 3 else torch.Size([num_draws])
-            values[name] = member.rsample(shape)
+            if name in chosen:
+                continue
+            member = family.member(parts[name], values)
+            # A λ for every draw, or a value that it hangs on, has brought the draws already.
+            drawn = len(member.batch_shape) == 2
+            values[name] = member.rsample(torch.Size([] if drawn else [num_draws]))
             if still:
-                member = family.distribution(part.detach())
+                member = family.member(parts[name].detach(), values)
             log_q = log_q + member.log_prob(values[name])
-            at += family.num_params
         return joint(self.model, x, values) - log_q
 
     def difference(self, x: Tensor, one: Tensor, other: Tensor, draws: int) -> Tensor:
@@ -127,11 +183,11 @@ class LocalElbo:
         """Scores ∇ log q(z; λ) at draws of q, ``(draws, batch, P)``."""
         draws = self.draws_for(params)
         copies = params.expand(draws, *params.shape).clone().requires_grad_(True)
-        total, at = torch.zeros(()), 0
-        for family in self.families.values():
-            member = family.distribution(copies[..., at : at + family.num_params])
-            total = total + member.log_prob(member.sample())
-            at += family.num_params
+        total, values = torch.zeros(()), dict[str, Tensor]()
+        for name, part in split_sites(self.families, copies).items():
+            member = self.families[name].member(part, values)
+            values[name] = member.sample()
+            total = total + member.log_prob(values[name])
         (scores,) = torch.autograd.grad(total.sum(), copies)
         return scores
 
@@ -275,3 +331,30 @@ def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
     """The solution per row, zero where the matrix is singular or no number."""
     solution, _ = torch.linalg.solve_ex(matrix, vector)
     return torch.nan_to_num(solution, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _log_prob(
+    families: Mapping[str, DiscreteFamily],
+    params: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+) -> Tensor:
+    """log q of the values of all sites."""
+    terms = [f.distribution(params[name]).log_prob(values[name]) for name, f in families.items()]
+    return torch.stack(torch.broadcast_tensors(*terms)).sum(dim=0)
+
+
+def _values_of(families: Mapping[str, DiscreteFamily], like: Tensor) -> dict[str, Tensor]:
+    """All values of the discrete latents together, by site.
+
+    Raises:
+        ValueError: If they are too many to sum over.
+    """
+    count = math.prod(family.num_classes**family.size for family in families.values())
+    if count > _MOST_CONFIGURATIONS:
+        raise ValueError(
+            f"The discrete latents of sites {list(families)} have {count} values together; a sum "
+            f"over them beside other latents is limited to {_MOST_CONFIGURATIONS}. Models whose "
+            f"latents are all discrete have no such limit in fit_per_datapoint and compare."
+        )
+    sites = [LatentSite(n, f.event_shape, f.support, repr(f)) for n, f in families.items()]
+    return configurations(sites, like)

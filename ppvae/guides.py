@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.density import ModelSites, Program, check_pair, judging
-from ppvae.families import Family
+from ppvae.families import Family, split_sites
 from ppvae.freeing import Reading, read_families, read_free
 from ppvae.isolation import OwnedModule, check_rows, device_of
 from ppvae.nn import Table
@@ -95,8 +95,7 @@ class Amortized(OwnedModule):
 
     def by_site(self, params: Tensor) -> dict[str, Tensor]:
         """λ of all sites, ``(batch, num_params)``, site by site."""
-        parts = params.split([f.num_params for f in self.families.values()], dim=-1)
-        return dict(zip(self.families, parts, strict=True))
+        return split_sites(self.families, params)
 
     def forward(
         self, x: Tensor | None = None, size: int | None = None

@@ -142,6 +142,7 @@ class Comparison:
         kind = {
             "exact": "closed form",
             "quadrature": "numerical integral",
+            "enumeration": "sum over all values of the latent variables",
             "iwae": "importance-weighted: a lower bound, and so the approximation gap is one",
         }[attrs["evidence_kind"]]
         head = [

@@ -1,8 +1,9 @@
 r"""The per-datapoint engine: the best member of a family for each datum, all rows at once.
 
-Two methods share one interface. Where every latent site has a Gaussian family, also behind a
+Three methods share one interface. Where every latent site has a Gaussian family, also behind a
 fixed bijection, natural-gradient steps with quasi-Monte Carlo draws find the optimum in tens of
-evaluations (`ppvae.natural`); other families take Adam with a cosine schedule and natural-gradient
+evaluations (`ppvae.natural`); discrete latents take coordinate ascent, exact where their values can
+be listed (`ppvae.coordinate`); other families take Adam with a cosine schedule and natural-gradient
 steps with an estimated Fisher matrix (`ppvae.fisher`).
 """
 
@@ -15,6 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ppvae.coordinate import (
+    Ends,
+    all_discrete,
+    bases_of,
+    clamped_site,
+    combine_classes,
+    coordinate_ascent,
+    held,
+    join_classes,
+    split_classes,
+)
 from ppvae.density import (
     ModelSites,
     Program,
@@ -25,7 +37,15 @@ from ppvae.density import (
     row_chunks,
     weigh,
 )
-from ppvae.families import Family, GaussianFamily, same_family
+from ppvae.families import (
+    DiscreteFamily,
+    Family,
+    GaussianFamily,
+    Given,
+    in_order,
+    same_family,
+    split_sites,
+)
 from ppvae.fisher import LocalElbo, adaptive_ascent
 from ppvae.guides import PerDatapoint, per_datapoint
 from ppvae.isolation import check_rows, seconds_now, unvalidated
@@ -48,9 +68,11 @@ class LocalFit:
             latent dimensions).
         restart_gain: ``(batch,)``: nats that the other starts brought beyond the first, zero
             where they ended no higher than its own noise.
-        steps: ``(batch,)``: evaluations of the model's gradient, over all starts.
+        steps: ``(batch,)``: evaluations of the model's gradient, over all starts; of discrete
+            latents, sweeps over their elements.
         start: ``(batch,)``: which start won, 0 for ``init``'s output, 1 for the cold start, 2
-            for a narrow one at the best of some draws.
+            for a narrow one at the best of some draws; of discrete latents 2 for the posterior's
+            marginals and 3 for the best configuration, where these can be listed.
         seconds: Wall time of the fit, without the draws for ``elbo``.
         status: What happened, in words.
     """
@@ -100,8 +122,8 @@ def fit_per_datapoint(
         x: Rows, ``(batch, *event)``.
         init: A guide to start from, or several: each row starts at the best of their outputs.
             Their families must be ``family``, where both are given.
-        max_steps: Most evaluations per row and start: by default 60 for Gaussian families
-            and 260 for others.
+        max_steps: Most evaluations per row and start: by default 60 for Gaussian families,
+            260 for others, and 200 sweeps for discrete ones.
         num_draws: Draws per row and evaluation; raised where a latent's dimension needs more.
         num_samples: Fresh draws for the reported ELBO.
         tolerance: A row has converged when it has less than this to gain, in nats.
@@ -146,7 +168,7 @@ def fit_per_datapoint(
         with unvalidated():  # A row that strays must not stop the others.
             for rows in row_chunks(x, elbo.num_draws):
                 starts = [*_best(elbo, x[rows], [start[rows] for start in warm]), cold[rows]]
-                parts.append(_fit_rows(elbo, x[rows], starts, max_steps, tolerance))
+                parts.append(_fit_rows(elbo, sites, x[rows], starts, max_steps, tolerance))
         params, gain, noise, steps, start, restart = (
             torch.cat(column) for column in zip(*parts, strict=True)
         )
@@ -189,7 +211,7 @@ def _status(converged: Tensor) -> str:
 def _families(
     family: Family | Mapping[str, Family] | None, freed: Sequence[PerDatapoint], sites: ModelSites
 ) -> dict[str, Family]:
-    """The family of each of the model's latent sites, in the model's order."""
+    """The family of each of the model's latent sites, in an order in which they can be drawn."""
     given = dict(freed[0].families) if family is None else by_site(family, sites)
     if set(given) != set(sites.latents):
         raise ValueError(
@@ -204,7 +226,7 @@ def _families(
                     f"a start has to be of the family that is fitted. Leave init out for a cold "
                     f"start."
                 )
-    return {name: given[name] for name in sites.latents}
+    return in_order(given, sites.latents)
 
 
 def by_site(family: Family | Mapping[str, Family], sites: ModelSites) -> dict[str, Family]:
@@ -255,13 +277,25 @@ def _enough_draws(wanted: int, size: int) -> int:
 
 
 _GAUSSIAN_STEPS = 60
-_Ends = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _fit_rows(
-    elbo: LocalElbo, x: Tensor, starts: list[Tensor], max_steps: int | None, tolerance: float
-) -> _Ends:
+    elbo: LocalElbo,
+    sites: ModelSites,
+    x: Tensor,
+    starts: list[Tensor],
+    max_steps: int | None,
+    tolerance: float,
+) -> Ends:
     """The best end for a chunk of rows: (params, gain, noise, steps, start, restart gain)."""
+    clamped = clamped_site(elbo.families)
+    if all_discrete(elbo.families):
+        with torch.no_grad():
+            return coordinate_ascent(
+                elbo.model, elbo.families, sites, x, starts, max_steps, tolerance
+            )
+    if clamped is not None:
+        return _fit_by_class(elbo, sites, clamped, x, starts, max_steps, tolerance)
     if all(isinstance(f, GaussianFamily) for f in elbo.families.values()):
         narrow = start_at_a_mode(elbo.model, elbo.families, x, starts[0])
         most = max_steps or _GAUSSIAN_STEPS
@@ -270,6 +304,7 @@ def _fit_rows(
             for start in [*starts, narrow]
         ]
     else:
+        starts = [*starts, *_starts_by_class(elbo, sites, x, starts, max_steps, tolerance)]
         ends = [adaptive_ascent(elbo, x, start, max_steps, tolerance) for start in starts]
     params, gain, noise, steps = ends[0]
     winner = torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -289,3 +324,67 @@ def _fit_rows(
     params = torch.where((lost > 0)[:, None], starts[0], params)
     gain = torch.where(lost > tolerance, torch.inf, gain)
     return params, gain, noise, steps, winner, restart
+
+
+def _fit_by_class(
+    elbo: LocalElbo,
+    sites: ModelSites,
+    site: str,
+    x: Tensor,
+    starts: list[Tensor],
+    max_steps: int | None,
+    tolerance: float,
+) -> Ends:
+    """Fit the other sites with ``site`` held at each of its values in turn."""
+    bases = bases_of(elbo.families, site)
+    by_class = zip(*(split_classes(elbo.families, site, start) for start in starts), strict=True)
+    ends = []
+    for label, own in enumerate(by_class):
+        model = held(elbo.model, site, elbo.families, label, x)
+        clamped = LocalElbo(model, bases, elbo.num_draws)
+        ends.append(_fit_rows(clamped, sites, x, list(own), max_steps, tolerance))
+    return combine_classes(elbo.model, site, elbo.families, x, ends, elbo.num_draws)
+
+
+def _starts_by_class(
+    elbo: LocalElbo,
+    sites: ModelSites,
+    x: Tensor,
+    starts: list[Tensor],
+    max_steps: int | None,
+    tolerance: float,
+) -> list[Tensor]:
+    """A start at the best value of a discrete site and the Gaussians that fit that value.
+
+    With the other sites independent of it, each value has an optimum of its own, and ascent stays
+    with the one that it meets first.
+    """
+    scalar = [n for n, f in elbo.families.items() if isinstance(f, DiscreteFamily) and f.size == 1]
+    others = {n: f for n, f in elbo.families.items() if n not in scalar}
+    if len(scalar) != 1 or not all(isinstance(f, GaussianFamily) for f in others.values()):
+        return []
+    site = scalar[0]
+    own = elbo.families[site]
+    assert isinstance(own, DiscreteFamily)
+    count = own.num_classes
+    wider = {n: own if n == site else Given(site, count, f) for n, f in elbo.families.items()}
+    log_q = x.new_zeros(len(x), count)
+    begins = []
+    for start in starts:
+        parts = split_sites(elbo.families, start)
+        rest = torch.cat([parts[name] for name in others], dim=-1)
+        begins.append(join_classes(wider, site, log_q, [rest] * count))
+    conditional = LocalElbo(elbo.model, wider, elbo.num_draws)
+    params, *_ = _fit_by_class(conditional, sites, site, x, begins, max_steps, tolerance)
+    logits = split_sites(wider, params)[site]
+    likeliest = own.log_probs(logits)[:, 0].argmax(dim=-1)
+    rows = torch.arange(len(x), device=x.device)
+    chosen = torch.stack(split_classes(wider, site, params))[likeliest, rows]
+    found, at = [], 0
+    for name, family in elbo.families.items():
+        if name == site:
+            found.append(logits)
+        else:
+            found.append(chosen[:, at : at + family.num_params])
+            at += family.num_params
+    return [torch.cat(found, dim=-1)]

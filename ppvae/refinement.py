@@ -8,15 +8,17 @@ local ELBO with the curvature that the same draws give (`ppvae.natural`), or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ppvae.density import Program, check_count, judging, read_model, row_chunks
-from ppvae.families import GaussianFamily
+from ppvae.configurations import joint_table, num_configurations
+from ppvae.coordinate import MOST_IN_TABLE, Elements, Enumerated, all_discrete
+from ppvae.density import ModelSites, Program, check_count, judging, read_model, row_chunks
+from ppvae.families import Family, GaussianFamily, in_order
 from ppvae.fisher import LocalElbo
 from ppvae.guides import PerDatapoint, per_datapoint
 from ppvae.isolation import check_rows, seconds_now, unvalidated
@@ -132,7 +134,8 @@ def refine(
 
     Raises:
         ValueError: If the rows, the model or the guide are unfit, the guide cannot be freed (the
-            site is named), or the budget does not pay for the prediction.
+            site is named), discrete latents have too many values to list, or the budget does not
+            pay for the prediction.
 
     Example:
         >>> import torch
@@ -152,11 +155,13 @@ def refine(
     with judging(seed, x, model), unvalidated():
         with torch.no_grad():
             sites = read_model(model, x)
-            families = {name: freed.families[name] for name in sites.latents}
+            families = in_order(freed.families, sites.latents)
             start = flat_params(freed, families)
         climb: _Climb
         if all(isinstance(f, GaussianFamily) for f in families.values()):
             climb = _GaussianClimb(GaussianElbo(model, families, start), x, start, tolerance)
+        elif all_discrete(families):
+            climb = _SweepClimb(model, families, sites, x, start, tolerance)
         else:
             climb = _FisherClimb(LocalElbo(model, families, _FISHER_DRAWS), x, start, tolerance)
         least = climb.first_cost
@@ -389,6 +394,59 @@ class _FisherClimb:
             wider = torch.where(kept, 2 * self.reach[part], 0.25 * self.reach[part])
             self.reach[part] = wider.clamp(max=1.0)
         self._look(rows, self.elbo)
+
+
+class _SweepClimb:
+    """Sweeps of coordinate ascent over discrete latents whose values can be listed."""
+
+    def __init__(
+        self,
+        model: Program,
+        families: Mapping[str, Family],
+        sites: ModelSites,
+        x: Tensor,
+        start: Tensor,
+        tolerance: float,
+    ) -> None:
+        count = num_configurations(sites)
+        if count > MOST_IN_TABLE:
+            raise ValueError(
+                f"The model's latents have {count:.3g} values together; refine lists them, up to "
+                f"{MOST_IN_TABLE}. Use ppvae.fit_per_datapoint(model, None, x, init=guide)."
+            )
+        self.elements, self.tolerance, self.like = Elements(families), tolerance, x
+        with torch.no_grad():
+            self.all = Enumerated(self.elements, joint_table(model, x, sites))
+        self.start = start
+        self.log_q = [part.to(self.all.dtype) for part in self.elements.log_probs(start)]
+        self.moved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.first_cost = int(count)
+        self.spent = torch.full((len(x),), self.first_cost, dtype=torch.long, device=x.device)
+        self.promise = self.all.promise(self.log_q)[0].to(x)
+
+    @property
+    def params(self) -> Tensor:
+        reached = self.elements.params(self.log_q).to(self.start)
+        return torch.where(self.moved[:, None], reached, self.start)
+
+    @property
+    def stuck(self) -> Tensor:
+        return torch.zeros_like(self.moved)
+
+    def settled(self) -> Tensor:
+        return torch.ones_like(self.moved)
+
+    def cost(self, rows: Tensor) -> Tensor:
+        # All values of log p(x, z) are at hand.
+        return torch.zeros_like(rows)
+
+    def advance(self, rows: Tensor) -> None:
+        some = self.all.of_rows(rows)
+        end, _ = some.ascend([part[rows] for part in self.log_q], 1, self.tolerance)
+        for part, value in zip(self.log_q, end, strict=True):
+            part[rows] = value
+        self.moved[rows] = True
+        self.promise[rows] = some.promise(end)[0].to(self.like)
 
 
 class _Run:

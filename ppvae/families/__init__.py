@@ -8,7 +8,7 @@ amortization, swapping only the family isolates approximation.
 standard log-normal, an exponential with rate 1, the truncated standard normal, fair coins.
 """
 
-from ppvae.families.base import BUILT_IN, Family, GaussianFamily, innermost
+from ppvae.families.base import BUILT_IN, Family, GaussianFamily, in_order, innermost, split_sites
 from ppvae.families.composed import (
     DistributionFamily,
     Transformed,
@@ -47,7 +47,9 @@ __all__ = [
     "TruncatedNormal",
     "Weibull",
     "argument_names",
+    "in_order",
     "innermost",
     "same_family",
+    "split_sites",
     "transformed",
 ]

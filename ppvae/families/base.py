@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -176,3 +176,15 @@ def families_on(support: str) -> str:
     """The names of the families on a support, for messages."""
     names = [f.__name__ for f in BUILT_IN.values() if support_name(f.support) == support]
     return ", ".join(names) if names else "none is built in; see ppvae.families.DistributionFamily"
+
+
+def split_sites(families: Mapping[str, Family], params: Tensor) -> dict[str, Tensor]:
+    """λ of all sites, ``(*batch, num_params)``, site by site."""
+    parts = params.split([family.num_params for family in families.values()], dim=-1)
+    return dict(zip(families, parts, strict=True))
+
+
+def in_order(families: Mapping[str, Family], names: Iterable[str]) -> dict[str, Family]:
+    """The families of these sites, each after the one that it is given."""
+    named = [(name, families[name]) for name in names]
+    return dict(sorted(named, key=lambda item: item[1].given is not None))

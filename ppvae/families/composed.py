@@ -15,6 +15,7 @@ from torch.distributions.utils import tril_matrix_to_vec, vec_to_tril_matrix
 
 from ppvae.density import LatentSite, support_name
 from ppvae.families.base import Family, GaussianFamily, families_on, innermost
+from ppvae.families.discrete import Given
 
 
 class DistributionFamily(Family):
@@ -236,6 +237,8 @@ def same_family(one: Family, other: Family) -> bool:
     """
     if repr(one) != repr(other):
         return False
+    if isinstance(one, Given) and isinstance(other, Given):
+        return same_family(one.base, other.base)
     if not isinstance(one, Transformed) or not isinstance(other, Transformed):
         return True
     held, others = _held_by(one), _held_by(other)
