@@ -30,6 +30,7 @@ ROWS = [
     "freeing",
     "models",
     "guides",
+    "generation",
     "pairs",
     "objectives",
     "compiled",
