@@ -71,7 +71,7 @@ def _refuse(kind: str, values: str, x: Tensor, allowed: Tensor, advice: str) -> 
     if not bool(allowed.all()):
         first = float(x[~allowed][0])
         raise ValueError(
-            f'Site "x": a {kind} likelihood is a density of {values} alone; got '
+            f'Site "x": a {kind} likelihood is a probability of {values} alone; got '
             f"{int((~allowed).sum())} other values of {x.numel()} (the first: {first:.4g}). "
             f"{advice}"
         )

@@ -14,7 +14,7 @@ import ppvae
 from ppvae import pairs
 from ppvae.density import check_pair, read_model
 from ppvae.families import FullRankNormal, Gamma, TruncatedNormal
-from ppvae.likelihoods import Gaussian
+from ppvae.likelihoods import Categorical, Gaussian, NegativeBinomial, Poisson
 
 PAIRS = {
     "exponential_gaussian": pairs.exponential_gaussian,
@@ -26,6 +26,10 @@ PAIRS = {
     "vae": lambda: pairs.vae(6, 2, [8]),
     "vae, Gaussian network": lambda: pairs.vae(6, 2, [8], Gaussian.network()),
     "vae, Gaussian": lambda: pairs.vae(6, 2, [8], "gaussian"),
+    "vae, Categorical": lambda: pairs.vae(6, 2, [8], Categorical(3)),
+    "vae, Poisson": lambda: pairs.vae(6, 2, [8], Poisson()),
+    "vae, NegativeBinomial": lambda: pairs.vae(6, 2, [8], NegativeBinomial.learned(0.5)),
+    "vae, images": lambda: pairs.vae(16, 2, [8], image_shape=(1, 4, 4), channels=[3]),
 }
 every_pair = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS.keys())
 both_losses = pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
