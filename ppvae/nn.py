@@ -246,6 +246,34 @@ def _steps(image_shape: Sequence[int], channels: Sequence[int]) -> list[str]:
     return [_times(shape) for shape in (image_shape, *halves)]
 
 
+class LogCounts(nn.Module):
+    """A network that reads log(1 + x) for counts x, so that a few large ones do not rule it.
+
+    Args:
+        network: What reads the logarithms.
+
+    Example:
+        >>> import torch
+        >>> net = LogCounts(MLP(20, [64], 4))
+        >>> net
+        LogCounts(MLP(20 -> 64 -> 4, ELU))
+        >>> net(torch.full((5, 20), 1e6)).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's output for log(1 + x)."""
+        out: Tensor = self.network(torch.log1p(x))
+        return out
+
+    def __repr__(self) -> str:
+        return f"LogCounts({self.network!r})"
+
+
 class Table(nn.Module):
     """A row of free parameters per datum: the parameter source without amortization.
 

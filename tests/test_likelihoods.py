@@ -205,7 +205,9 @@ def test_the_most_likely_dispersions_are_those_that_were_simulated():
     output = torch.full((count, 3), 2.0).double()
     x = distributions.NegativeBinomial(output, true.log().expand(count, 3)).sample()
     likelihood = NegativeBinomial.per_dimension(3).double()
-    optimizer = torch.optim.LBFGS(likelihood.parameters(), line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        likelihood.parameters(), tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
 
     def loss():
         optimizer.zero_grad()

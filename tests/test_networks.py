@@ -7,8 +7,15 @@ from scipy import special, stats
 
 import ppvae
 from ppvae.families import FullRankNormal
-from ppvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from ppvae.nn import MLP, ConvDecoder, ConvEncoder
+from ppvae.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    NegativeBinomial,
+    Poisson,
+)
+from ppvae.nn import MLP, ConvDecoder, ConvEncoder, LogCounts
 
 
 def by_hand(image, weight, bias):
@@ -136,6 +143,18 @@ def test_a_pair_of_images_has_the_networks_that_were_asked_for():
     )
     _, plain = ppvae.pairs.vae(64, 3, [20], image_shape=(1, 8, 8))
     assert plain.encoder.channels == (16, 32)
+
+
+def test_encoders_of_counts_read_their_logarithms():
+    x = torch.tensor([[0.0, 1.0, 1e7, 20.0]])
+    for likelihood in (Poisson(), NegativeBinomial.learned()):
+        for shape in ({}, {"image_shape": (1, 2, 2), "channels": [3]}):
+            _, guide = ppvae.pairs.vae(4, 2, [5], likelihood, **shape)
+            assert isinstance(guide.encoder, LogCounts)
+            expected = guide.encoder.network(torch.log(1 + x))
+            torch.testing.assert_close(guide.params(x), expected)
+    _, guide = ppvae.pairs.vae(4, 2, [5], Categorical(3))
+    assert isinstance(guide.encoder, MLP)
 
 
 def test_positional_arguments_of_a_pair_are_what_they_were():

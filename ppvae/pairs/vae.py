@@ -9,9 +9,9 @@ from torch import nn
 
 from ppvae.families import DiagonalNormal, Family
 from ppvae.guides import Amortized
-from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood
+from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood, NegativeBinomial, Poisson
 from ppvae.models import VAE
-from ppvae.nn import MLP, ConvDecoder, ConvEncoder
+from ppvae.nn import MLP, ConvDecoder, ConvEncoder, LogCounts
 from ppvae.pairs.building import amortized
 
 
@@ -33,7 +33,8 @@ def vae(
         z_dim: Size of its latent.
         hidden: Widths of the encoder's hidden layers; the decoder has them in reverse.
         likelihood: ``"bernoulli"`` for rows of 0 and 1, ``"gaussian"`` for real rows with one
-            learned scale, or a `ppvae.likelihoods.Likelihood`.
+            learned scale, or a `ppvae.likelihoods.Likelihood`. Where that is one of counts, the
+            encoder reads log(1 + x).
         family: `DiagonalNormal(z_dim)` if left out.
         activation: Class of the activation between layers. ``torch.nn.Tanh`` with
             ``Gaussian.network()`` is the Gaussian MLP of that paper's appendix C.2.
@@ -80,6 +81,8 @@ def vae(
         per_pixel = outputs // x_dim
         decoder = ConvDecoder(z_dim, image_shape, per_pixel, channels[::-1], back, activation)
         encoder = ConvEncoder(image_shape, family.num_params, channels, hidden, activation)
+    if isinstance(likelihood, Poisson | NegativeBinomial):
+        encoder = LogCounts(encoder)
     model = VAE(x_dim, z_dim, decoder, likelihood)
     return model, amortized(model, family, encoder)
 
