@@ -151,6 +151,59 @@ class FloatCategorical(dist.Categorical):
         return classes.to(self.logits.dtype)
 
 
+class Poisson(TorchDistribution):
+    r"""Counts of a given log rate: :math:`\log p(x) = x \eta - e^\eta - \log x!`.
+
+    torch's own takes the rate, whose logarithm is lost where it underflows and whose density is
+    not a number where it overflows.
+
+    Args:
+        log_rate: η, any real.
+
+    Example:
+        >>> import torch
+        >>> Poisson(torch.tensor(-200.0)).log_prob(torch.tensor(1.0))
+        tensor(-200.)
+    """
+
+    arg_constraints = {"log_rate": constraints.real}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
+        self.log_rate = log_rate
+        super().__init__(self.log_rate.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Poisson:
+        """A view with a larger batch shape."""
+        new: Poisson = self._get_checked_instance(Poisson, _instance)
+        shape = torch.Size(batch_shape)
+        new.log_rate = self.log_rate.expand(shape)
+        TorchDistribution.__init__(new, shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        """The rate."""
+        return torch.exp(self.log_rate)
+
+    @property
+    def variance(self) -> Tensor:
+        """The rate."""
+        return self.mean
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return value * self.log_rate - self.mean - torch.lgamma(value + 1)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws."""
+        with torch.no_grad():
+            return torch.poisson(self.mean.expand(self._extended_shape(torch.Size(sample_shape))))
+
+
 # From here on the first terms of Stirling's series give log Γ to 1e-14.
 _LARGE = 16.0
 

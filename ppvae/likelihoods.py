@@ -247,7 +247,7 @@ class Poisson(Likelihood):
 
     def distribution(self, output: Tensor) -> dist.TorchDistribution:
         """Independent Poisson distributions with these log rates."""
-        return dist.Poisson(torch.exp(output)).to_event(1)
+        return distributions.Poisson(output).to_event(1)
 
     def check(self, x: Tensor) -> None:
         """Refuse negative values and fractions."""

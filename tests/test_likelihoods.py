@@ -66,6 +66,24 @@ def test_a_poisson_is_scipys(log_rate):
     np.testing.assert_allclose(Poisson().mean(output), math.exp(log_rate), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dispersion", [None, 1e-6, 0.5])
+def test_counts_of_extreme_log_means_keep_their_probability(dispersion):
+    """In float32 the mean itself underflows at −104 and overflows at 89."""
+    likelihood = Poisson() if dispersion is None else NegativeBinomial(dispersion)
+    output = torch.tensor([-200.0, -200.0]).float()
+    x = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    log_p = likelihood.float().distribution(output).log_prob(x)
+    rise = 0.0 if dispersion is None else rising(dispersion, 3)
+    torch.testing.assert_close(log_p, torch.tensor([0.0, -600 - math.log(6) + rise]).float())
+    above = likelihood.distribution(torch.tensor([100.0]).float()).log_prob(x[:, :1])
+    if dispersion is None:
+        assert bool((above == -math.inf).all())
+    elif dispersion == 0.5:
+        # With r = 2, (x + 1) (r / (r + μ))² to rounding, as μ / (r + μ) is 1.
+        tail = 2 * (math.log(2) - 100)
+        torch.testing.assert_close(above, torch.tensor([tail, tail + math.log(4)]).float())
+
+
 # Dispersions on both sides of where the two expansions meet, 1/16.
 @pytest.mark.parametrize("dispersion", [5.0, 0.7, 0.0626, 0.0625, 0.0624, 0.01])
 @pytest.mark.parametrize("log_mean", [-3.0, 0.0, 4.0])
