@@ -30,6 +30,7 @@ ROWS = [
     "freeing",
     "models",
     "guides",
+    "shared",
     "pairs",
     "objectives",
     "compiled",

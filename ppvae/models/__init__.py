@@ -5,8 +5,23 @@ A model is called with rows, ``model(x)``, to condition on them, or with a numbe
 ``posterior(x)``.
 """
 
+from ppvae.models.bayesian_neural_network import (
+    BayesianNeuralNetwork,
+    LatentInputNetwork,
+    Prediction,
+    TargetsGivenInputs,
+)
 from ppvae.models.exponential_gaussian import ExponentialGaussian
 from ppvae.models.linear_gaussian import PPCA, FactorAnalysis
 from ppvae.models.vae import VAE
 
-__all__ = ["PPCA", "VAE", "ExponentialGaussian", "FactorAnalysis"]
+__all__ = [
+    "PPCA",
+    "VAE",
+    "BayesianNeuralNetwork",
+    "ExponentialGaussian",
+    "FactorAnalysis",
+    "LatentInputNetwork",
+    "Prediction",
+    "TargetsGivenInputs",
+]
