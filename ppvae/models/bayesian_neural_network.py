@@ -498,7 +498,7 @@ class BayesianNeuralNetwork(_Network):
         return value.expand(count, 1, self.num_weights)
 
     def _design(self, x: Tensor) -> Tensor:
-        """The outputs' derivatives in the weights of a linear f, ``(batch, y_dim, num_weights)``."""
+        """Derivatives of a linear f in its weights, ``(batch, y_dim, num_weights)``."""
         if self.hidden or self.latent_dim:
             raise ValueError(
                 f"The weights have a normal posterior in a linear network without latent inputs "
