@@ -105,7 +105,7 @@ def reconstructions(
             f"{type(guide).__name__} with {type(model).__name__}."
         )
     with judging(0, x, model, guide), torch.no_grad():
-        z = model.code(x) if guide is None else _posterior_means(guide, x)  # type: ignore[union-attr]
+        z = model.code(x) if guide is None else _posterior_means(guide, x)
         means = model.decode(z)
     both = torch.cat([x, means])
     ax = _sheet(axes_or_new(ax, 0.5 * len(x) + 1, 1.4), both, shape, len(x))
