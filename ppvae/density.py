@@ -308,8 +308,8 @@ def _plain_run(kind: str, program: Program, x: Tensor) -> Trace:
     try:
         with torch.no_grad():
             return poutine.trace(program).get_trace(x)
-    except NoLikelihoodError:
-        raise
+    except NoLikelihoodError as error:
+        raise NoLikelihoodError(_without_trace(error)) from None
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"The {kind} does not run on x of shape {tuple(x.shape)}, {x.dtype}: "
@@ -322,8 +322,8 @@ def _with_draws(shape: torch.Size) -> Iterator[None]:
     """Name the usual cause where a program runs on rows but not on draws of them."""
     try:
         yield
-    except NoLikelihoodError:
-        raise
+    except NoLikelihoodError as error:
+        raise NoLikelihoodError(_without_trace(error)) from None
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"A program that runs on rows does not run on draws for rows, where latents have the "
