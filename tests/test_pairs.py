@@ -22,6 +22,8 @@ PAIRS = {
     "exponential_gaussian, TruncatedNormal": lambda: pairs.exponential_gaussian(TruncatedNormal()),
     "factor_analysis": pairs.factor_analysis,
     "factor_analysis, FullRankNormal": lambda: pairs.factor_analysis(6, 3, FullRankNormal(3)),
+    "latent_input_network": lambda: pairs.latent_input_network(2, 1, 2, (8,)),
+    "latent_input_network, linear": lambda: pairs.latent_input_network(1, 2, 1, ()),
     "ppca": pairs.ppca,
     "vae": lambda: pairs.vae(6, 2, [8]),
     "vae, Gaussian network": lambda: pairs.vae(6, 2, [8], Gaussian.network()),

@@ -14,7 +14,7 @@ from ppvae.density import Program, judging
 from ppvae.generation import interpolate, traverse
 from ppvae.guides import Amortized
 from ppvae.isolation import check_rows
-from ppvae.models import VAE
+from ppvae.models import VAE, Autoencoder, ImplicitModel
 from ppvae.plots.style import BLUE, MANY, axes_or_new, styled
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def samples(
-    model: VAE,
+    model: VAE | ImplicitModel,
     event_shape: Sequence[int],
     *,
     rows: int = 6,
@@ -33,7 +33,7 @@ def samples(
     """Means of x for draws of z from the prior, as a sheet of images.
 
     Args:
-        model: A trained model.
+        model: A trained model; of an `ImplicitModel` the images are draws of x itself.
         event_shape: Height and width of an image.
         rows: Number of images in a column of the sheet.
         columns: Number of images in a row of the sheet.
@@ -42,7 +42,8 @@ def samples(
             nearer of the two.
 
     Raises:
-        ValueError: If ``event_shape`` is not that of the model's rows.
+        ValueError: If ``event_shape`` is not that of the model's rows, or the model has no prior
+            to draw from, as an `Autoencoder`.
 
     Example:
         >>> import ppvae
@@ -51,6 +52,7 @@ def samples(
         >>> ax.get_title()
         'means of x for draws of z from the prior'
     """
+    _need_prior(model, "samples")
     shape = _image_shape(event_shape, model.x_dim)
     if rows < 1 or columns < 1:
         raise ValueError(f"rows and columns must be at least 1; got {rows} and {columns}.")
@@ -58,13 +60,14 @@ def samples(
     with judging(seed, like, model):
         images = model.decode(torch.randn(rows * columns, model.z_dim).to(like))
     ax = _sheet(axes_or_new(ax, 0.5 * columns, 0.5 * rows + 0.3), images, shape, columns)
-    ax.set_title("means of x for draws of z from the prior", fontsize="medium")
+    what = "draws of x" if isinstance(model, ImplicitModel) else "means of x"
+    ax.set_title(f"{what} for draws of z from the prior", fontsize="medium")
     return ax
 
 
 def reconstructions(
-    model: VAE,
-    guide: Amortized,
+    model: VAE | Autoencoder,
+    guide: Amortized | None,
     x: Tensor,
     event_shape: Sequence[int],
     *,
@@ -73,15 +76,15 @@ def reconstructions(
     """Images above their reconstructions: the mean of x at the mean of q(z | x).
 
     Args:
-        model: A trained model.
-        guide: Its guide.
+        model: A trained model; an `Autoencoder` reconstructs from its code.
+        guide: Its guide; `None` for an `Autoencoder`, which has none.
         x: The images, ``(batch, x_dim)``; a column for each.
         event_shape: Height and width of an image.
         ax: Where to draw; a new figure if left out. Pixels outside of [0, 1] are drawn as the
             nearer of the two.
 
     Raises:
-        ValueError: If the rows are unfit, or ``event_shape`` is not theirs.
+        ValueError: If the rows are unfit, ``event_shape`` is not theirs, or the guide is missing.
 
     Example:
         >>> import torch, ppvae
@@ -92,8 +95,19 @@ def reconstructions(
     """
     check_rows(x, model, guide)
     shape = _image_shape(event_shape, x[0].numel())
+    if isinstance(model, ImplicitModel):
+        raise ValueError(
+            "reconstructions: an ImplicitModel has no posterior over z to reconstruct from. Use "
+            "ppvae.plots.samples."
+        )
+    if (guide is None) != isinstance(model, Autoencoder):
+        raise ValueError(
+            f"reconstructions: expected a guide, or None with an Autoencoder alone; got "
+            f"{type(guide).__name__} with {type(model).__name__}."
+        )
     with judging(0, x, model, guide), torch.no_grad():
-        means = model.decode(_posterior_means(guide, x))
+        z = model.code(x) if guide is None else _posterior_means(guide, x)
+        means = model.decode(z)
     _check_grey(means)
     both = torch.cat([x, means])
     ax = _sheet(axes_or_new(ax, 0.5 * len(x) + 1, 1.4), both, shape, len(x))
@@ -161,7 +175,11 @@ def latent_scatter(
 
 
 def latent_grid(
-    model: VAE, event_shape: Sequence[int], *, size: int = 11, ax: Axes | None = None
+    model: VAE | ImplicitModel,
+    event_shape: Sequence[int],
+    *,
+    size: int = 11,
+    ax: Axes | None = None,
 ) -> Axes:
     r"""Means of x over a grid of a two-dimensional latent, spaced evenly in the prior.
 
@@ -177,8 +195,8 @@ def latent_grid(
             nearer of the two.
 
     Raises:
-        ValueError: If the latent is not two-dimensional, or ``event_shape`` is not that of the
-            model's rows.
+        ValueError: If the latent is not two-dimensional, ``event_shape`` is not that of the
+            model's rows, or the model has no prior, as an `Autoencoder`.
 
     Example:
         >>> import ppvae
@@ -187,6 +205,7 @@ def latent_grid(
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('$z_1$', '$z_2$')
     """
+    _need_prior(model, "latent_grid")
     if model.z_dim != 2:
         raise ValueError(
             f"latent_grid draws a two-dimensional latent; the model has z_dim={model.z_dim}. "
@@ -313,7 +332,15 @@ def _name_columns(ax: Axes, shape: tuple[int, int], names: Mapping[int, str]) ->
     ax.set_xticks(middles, list(names.values()))
 
 
-def _like(model: VAE) -> Tensor:
+def _need_prior(model: Any, name: str) -> None:
+    if isinstance(model, Autoencoder):
+        raise ValueError(
+            f"{name}: an Autoencoder has no prior over its code to draw from. Use "
+            f"ppvae.plots.reconstructions(model, None, x, event_shape), or a VAE."
+        )
+
+
+def _like(model: VAE | ImplicitModel) -> Tensor:
     """A tensor of the model's dtype and device."""
     return next((p.detach() for p in model.parameters()), torch.zeros(()))
 
