@@ -39,6 +39,7 @@ ROWS = [
     "fisher",
     "coordinate",
     "local",
+    "alternating",
     "refinement",
     "evidence",
     "diagnostics",

@@ -5,8 +5,17 @@ A model is called with rows, ``model(x)``, to condition on them, or with a numbe
 ``posterior(x)``.
 """
 
+from ppvae.models.deep_exponential_family import DeepExponentialFamily
+from ppvae.models.deep_latent_gaussian import DeepLatentGaussian
 from ppvae.models.exponential_gaussian import ExponentialGaussian
 from ppvae.models.linear_gaussian import PPCA, FactorAnalysis
 from ppvae.models.vae import VAE
 
-__all__ = ["PPCA", "VAE", "ExponentialGaussian", "FactorAnalysis"]
+__all__ = [
+    "PPCA",
+    "VAE",
+    "DeepExponentialFamily",
+    "DeepLatentGaussian",
+    "ExponentialGaussian",
+    "FactorAnalysis",
+]
