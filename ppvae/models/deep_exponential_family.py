@@ -31,11 +31,11 @@ class DeepExponentialFamily(OwnedModule):
     positive and learned. With one latent of one element and :math:`\epsilon = 0`, counts are
     negative binomial and the posterior is a gamma distribution.
 
-    A gamma variable of shape 0.1 is below the smallest normal number of float32, 1.2e-38, about
-    twice in ten thousand draws. Such a draw is put at that number (torch does so), where all
-    densities are finite; where two densities of one draw are compared, as in a weight log p − log
-    q, their steep parts cancel. In float64 no draw comes near to its 2.2e-308. Smaller shapes
-    than about 0.05 need float64.
+    A gamma variable of shape 0.1 and rate 1 is below the smallest normal number of float32,
+    1.2e-38, about twice in ten thousand draws. Torch puts such a draw at that number (divided by
+    the rate, if that is larger), where all densities are finite. The share of these draws grows
+    fast as the shape falls; in float64, with 2.2e-308, it is 1e-31 at shape 0.1, so that shapes
+    below about 0.1 need float64.
 
     Source: Ranganath, Tang, Charlin & Blei (2015), section 3.1.
 
