@@ -132,7 +132,11 @@ def fit_alternating(
         >>> fit_alternating(model, DiagonalNormal(2), model(size=50).detach(), rounds=5).status
         'completed 5 rounds'
     """
-    for name, value in (("rounds", rounds), ("local_steps", local_steps), ("batch_size", batch_size)):
+    for name, value in (
+        ("rounds", rounds),
+        ("local_steps", local_steps),
+        ("batch_size", batch_size),
+    ):
         check_count(name, value)
     if not lr > 0:
         raise ValueError(f"lr must be positive; got {lr}.")

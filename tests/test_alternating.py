@@ -5,7 +5,6 @@ import math
 import pyro
 import pytest
 import torch
-from laws import sigmas
 
 import ppvae
 from ppvae import families, pairs

@@ -239,7 +239,9 @@ class Exact(torch.nn.Module):
 
     def forward(self, x):
         concentration = SHAPE + x.sum(-1, keepdim=True)
-        return torch.cat([concentration, torch.full_like(concentration, RATE + self.total)], 1).log()
+        return torch.cat(
+            [concentration, torch.full_like(concentration, RATE + self.total)], 1
+        ).log()
 
 
 COUNTS = torch.tensor([[0.0, 0.0], [3.0, 1.0], [12.0, 0.0], [40.0, 9.0]]).double()
