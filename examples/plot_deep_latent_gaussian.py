@@ -70,7 +70,7 @@ def alternation(size, rounds):
 
 
 runs, models = {}, {}
-for way, train, steps in (("amortized", amortized, 350), ("alternation", alternation, 150)):
+for way, train, steps in (("amortized", amortized, 250), ("alternation", alternation, 150)):
     train(SMALL, 1)  # What only a first call costs is left out of the curves.
     for size in (SMALL, LARGE):
         models[way, size], run = train(size, 10 if QUICK else steps)
@@ -133,6 +133,6 @@ for size in (SMALL, LARGE):
     )
 
 # %%
-# For few rows the alternation is no worse, and it has no second network to train and to overfit.
-# For many rows the amortized model is better after the same time, beyond the error of the
+# For few rows the alternation is no worse: there is no second network to train, or to overfit. For
+# many rows the amortized model is better after about the same time, beyond the error of the
 # difference.

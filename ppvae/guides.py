@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
@@ -283,8 +284,7 @@ class TopDown(OwnedModule):
             )
         self.encoder = encoder
         self.from_above = nn.ModuleList(
-            MLP(above, hidden, size, activation)
-            for size, above in zip(z_dims[:-1], z_dims[1:], strict=True)
+            MLP(above, hidden, size, activation) for size, above in pairwise(z_dims)
         )
         self.log_scales = nn.ParameterList(torch.zeros(size) for size in z_dims[:-1])
 
