@@ -93,8 +93,8 @@ figure.colorbar(image, ax=axes, label="expected count per unit of z")
 plt.show()
 
 # %%
-# Each topic is found, to an angle of a few degrees at most. The two spare components stay short. The
-# lengths of the others are below those of the topics, 6.6: after so few steps they still grow.
+# Each topic is found, to an angle of a few degrees at most. The two spare components stay short.
+# The others are shorter than the topics, whose length is 6.6.
 #
 # Gamma against Weibull
 # ---------------------
@@ -113,7 +113,7 @@ comparison = ppvae.compare(
 print(comparison)
 
 # %%
-# The best gamma distributions leave less of a gap than the best Weibull distributions: the posterior
-# of a component that a document does not have is nearly a gamma distribution, as its prior is. Where
-# the table says that some rows have not converged, the gap of that family is known less well. The
-# encoder of the gamma guide loses about as much again as its family does.
+# The best gamma distributions leave less of a gap than the best Weibull distributions: where a
+# document does not have a component, the posterior is nearly a gamma distribution, as the prior
+# is. Where the table says that some rows have not converged, the gap of that family is known less
+# well. The encoder of the gamma guide loses about as much again as its family does.
