@@ -90,12 +90,13 @@ def _bottom_up(
     x_dim: int,
     hidden: Sequence[int],
     activation: type[nn.Module],
-    before: Sequence[nn.Module] = (),
+    *,
+    counts: bool = False,
 ) -> Amortized:
     """A guide with independent layers, which it draws in the model's order."""
     sizes = [family[site].num_params if site in family else 1 for site in sites]
     network = BottomUp(x_dim, hidden, sizes, activation)
-    encoder = nn.Sequential(*before, network) if before else network
+    encoder: nn.Module = LogCounts(network) if counts else network
     ordered = dict(family)
     if set(family) == set(sites):
         ordered = {site: family[site] for site in reversed(sites)}
@@ -137,7 +138,5 @@ def deep_exponential_family(
         )
     model = DeepExponentialFamily(x_dim, z_dims, shape=shape)
     families = {site: family(size) for site, size in zip(model.sites, z_dims, strict=True)}
-    guide = _bottom_up(
-        model, model.sites, families, x_dim, hidden, activation, before=[LogCounts()]
-    )
+    guide = _bottom_up(model, model.sites, families, x_dim, hidden, activation, counts=True)
     return model, guide
