@@ -291,3 +291,28 @@ class NegativeBinomial(TorchDistribution):
         with torch.no_grad():
             r = torch.exp(-self.log_dispersion).expand(shape)
             return torch.poisson(self.mean * torch.distributions.Gamma(r, r).sample())
+
+
+class Weibull(dist.Weibull):
+    r"""Pyro's Weibull distribution with draws that are positive numbers.
+
+    A draw :math:`s E^{1/k}` with a small concentration k may be 0 in floating point arithmetic,
+    where no density is finite. Such a draw is put at the smallest normal number, as torch does
+    with a gamma distribution's.
+
+    Example:
+        >>> import torch
+        >>> q = Weibull(torch.tensor(1.0), torch.tensor(0.01))
+        >>> bool((q.sample((1000,)) > 0).all())
+        True
+    """
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws, differentiable where they are not at the smallest number."""
+        z: Tensor = super().rsample(torch.Size(sample_shape))
+        return z.clamp(min=torch.finfo(z.dtype).tiny)
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws without gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)

@@ -6,10 +6,12 @@ them for every datum; `per_datapoint` turns any guide into the latter, starting 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from ppvae.density import ModelSites, Program, check_pair, judging
 from ppvae.families import Family, split_sites
 from ppvae.freeing import Reading, read_families, read_free
 from ppvae.isolation import OwnedModule, check_rows, device_of
-from ppvae.nn import Table
+from ppvae.nn import MLP, BottomUp, Table
 
 
 def _need_rows(guide: OwnedModule, x: Tensor | None) -> Tensor:
@@ -215,6 +217,97 @@ class PerDatapoint(OwnedModule):
     def __repr__(self) -> str:
         parts = [f"{f!r}, {self.table(n)!r}, site={n!r}" for n, f in self.families.items()]
         return f"PerDatapoint({'; '.join(parts)})"
+
+
+class TopDown(OwnedModule):
+    r"""A guide for layers of normal latents that keeps what ties them together.
+
+    .. math:: q(z \mid x) = q(z_L \mid x)\, q(z_{L-1} \mid x, z_L) \cdots q(z_1 \mid x, z_2)
+
+    A bottom-up network gives a message :math:`N(\hat\mu_l(x), \hat\sigma_l^2(x))` for each
+    layer, and a network from the layer above another, :math:`N(\mu_l(z_{l+1}), s_l^2)`. The two
+    are multiplied:
+
+    .. math::
+        q(z_l \mid x, z_{l+1}) = N(m, v), \qquad
+        v^{-1} = \hat\sigma_l^{-2} + s_l^{-2}, \qquad
+        m = v\,(\hat\mu_l / \hat\sigma_l^2 + \mu_l(z_{l+1}) / s_l^2)
+
+    The deepest layer has the bottom-up message alone. The parameters of a layer hang on the draw
+    of the layer above, so that no row of a table could hold them: `per_datapoint` refuses this
+    guide, and `ppvae.compare` measures it against a family that is named,
+    ``family={"z_1": ..., "z_2": ...}``. It may beat the best member of such a family.
+
+    Source: Sønderby et al. (2016), eq. 9 to 12. There the messages from above are the generative
+    model's own; here they have weights of their own, and model and guide share no parameters.
+
+    Args:
+        sites: Names of the latent sites, the one nearest to x first; at least two.
+        z_dims: Their sizes.
+        encoder: The bottom-up network, with ``2 * z_dims[l]`` outputs for layer l: means and log
+            standard deviations.
+        hidden: Widths of the hidden layers of the networks from above.
+        activation: Class of the activation between their layers.
+        plate: Name of the plate over the rows.
+
+    Raises:
+        ValueError: If names, sizes and the encoder's outputs do not go together.
+
+    Example:
+        >>> from ppvae.nn import BottomUp
+        >>> TopDown(["z_1", "z_2"], [4, 2], BottomUp(64, [16], [8, 4]), [16])
+        TopDown(BottomUp(64 -> 16 -> 16, outputs (8, 4), ELU), sites=('z_1', 'z_2'))
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[str],
+        z_dims: Sequence[int],
+        encoder: BottomUp,
+        hidden: Sequence[int],
+        activation: type[nn.Module] = nn.ELU,
+        *,
+        plate: str = "data",
+    ) -> None:
+        super().__init__()
+        self.sites, self.plate = tuple(sites), plate
+        wanted = tuple(2 * size for size in z_dims)
+        if len(self.sites) < 2 or len(self.sites) != len(wanted):
+            raise ValueError(
+                f"TopDown: expected the names and sizes of at least two layers; got sites "
+                f"{self.sites} and z_dims {tuple(z_dims)}. For one layer use Amortized."
+            )
+        if encoder.out_features != wanted:
+            raise ValueError(
+                f"encoder: expected outputs {wanted}, a mean and a log standard deviation for "
+                f"each element of the sites {self.sites}; got {encoder.out_features}."
+            )
+        self.encoder = encoder
+        self.from_above = nn.ModuleList(
+            MLP(above, hidden, size, activation) for size, above in pairwise(z_dims)
+        )
+        self.log_scales = nn.ParameterList(torch.zeros(size) for size in z_dims[:-1])
+
+    def forward(self, x: Tensor | None = None, size: int | None = None) -> dict[str, Tensor]:
+        """The guide as a Pyro program: draws the latents of every row, by site."""
+        x = _need_rows(self, x)
+        messages = [output.chunk(2, dim=-1) for output in self.encoder.outputs(x)]
+        values: dict[str, Tensor] = {}
+        with pyro.plate(self.plate, x.shape[0], dim=-1):
+            for layer in reversed(range(len(self.sites))):
+                loc, log_scale = messages[layer]
+                if values:
+                    above = self.from_above[layer](values[self.sites[layer + 1]])
+                    # The share of the message from below in the sum of the precisions.
+                    log_ratio = 2 * (self.log_scales[layer] - log_scale)
+                    loc = above + torch.sigmoid(log_ratio) * (loc - above)
+                    log_scale = log_scale + 0.5 * nn.functional.logsigmoid(log_ratio)
+                fn = dist.Normal(loc, torch.exp(log_scale).expand(loc.shape)).to_event(1)
+                values[self.sites[layer]] = pyro.sample(self.sites[layer], fn)
+        return values
+
+    def __repr__(self) -> str:
+        return f"TopDown({self.encoder!r}, sites={self.sites})"
 
 
 def _key(site: str) -> str:

@@ -274,6 +274,84 @@ class LogCounts(nn.Module):
         return f"LogCounts({self.network!r})"
 
 
+class BottomUp(nn.Module):
+    r"""A network with an output for each of several layers, each from deeper features of x.
+
+    .. math:: d_0 = x, \qquad d_l = \mathrm{block}_l(d_{l-1}), \qquad o_l = A_l d_l + b_l
+
+    A block is a hidden layer for each entry of ``hidden``; without any, all outputs are linear
+    maps of x.
+
+    Args:
+        in_features: Size of an input row.
+        hidden: Widths of the hidden layers of each block.
+        out_features: Sizes of the outputs :math:`o_1, \dots, o_L`.
+        activation: Class of the activation between layers.
+
+    Shapes:
+        ``(*, in_features)`` to ``(*, sum(out_features))``: the outputs joined from the last to the
+        first, in which order a model draws its layers.
+
+    Example:
+        >>> import torch
+        >>> net = BottomUp(64, [32], [8, 4])
+        >>> net
+        BottomUp(64 -> 32 -> 32, outputs (8, 4), ELU)
+        >>> net(torch.zeros(5, 64)).shape
+        torch.Size([5, 12])
+        >>> [o.shape[-1] for o in net.outputs(torch.zeros(5, 64))]
+        [8, 4]
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        out_features: Sequence[int],
+        activation: type[nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.hidden = in_features, tuple(hidden)
+        self.out_features, self.activation = tuple(out_features), activation
+        if min(in_features, *self.hidden, *self.out_features, len(self.out_features)) < 1:
+            raise ValueError(
+                f"BottomUp sizes must be positive; got in_features={in_features}, "
+                f"hidden={self.hidden}, out_features={self.out_features}."
+            )
+        blocks, width = [], in_features
+        for _ in self.out_features:
+            layers: list[nn.Module] = []
+            for size in self.hidden:
+                layers += [nn.Linear(width, size), activation()]
+                width = size
+            blocks.append(nn.Sequential(*layers))
+        self.blocks = nn.ModuleList(blocks)
+        width = self.hidden[-1] if self.hidden else in_features
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in self.out_features)
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """The outputs one by one, the first first, each ``(*, out_features[l])``."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"Expected rows of size {self.in_features}, shape (*, {self.in_features}); got "
+                f"{tuple(x.shape)}. Flatten the rows, or build the network for that size."
+            )
+        found = []
+        for block, head in zip(self.blocks, self.heads, strict=True):
+            x = block(x)
+            found.append(head(x))
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All outputs in a row, from the last to the first."""
+        return torch.cat(self.outputs(x)[::-1], dim=-1)
+
+    def __repr__(self) -> str:
+        sizes = " -> ".join(map(str, (self.in_features, *self.hidden * len(self.out_features))))
+        kind = self.activation.__name__ if self.hidden else "linear"
+        return f"BottomUp({sizes}, outputs {self.out_features}, {kind})"
+
+
 class Table(nn.Module):
     """A row of free parameters per datum: the parameter source without amortization.
 

@@ -36,6 +36,7 @@ class Fit:
 
     Attributes:
         losses: ``(steps,)``: the loss per datum at each step, in nats (minus an ELBO estimate).
+        elapsed: ``(steps,)``: seconds from the call of `fit` until the loss of each step was known.
         seconds: Wall time.
         status: What happened, in words.
         completed: Whether all steps were taken with finite losses.
@@ -44,6 +45,7 @@ class Fit:
     """
 
     losses: Tensor
+    elapsed: Tensor
     seconds: float
     status: str
     completed: bool
@@ -89,7 +91,8 @@ class RowAdam:
         self.weight[rows] -= self.lr * mean / scale
 
 
-_Batches = Iterator[tuple[Tensor, Tensor | None]]
+Batches = Iterator[tuple[Tensor, Tensor | None]]
+"""Minibatches, each with the numbers of its rows where they are known."""
 
 
 def fit(
@@ -177,10 +180,11 @@ def fit(
             else:
                 check_pair(model, guide, first)
                 _check_families(model, guide, first)
-        run = _Run(model, guide, loss, lr, num_data)
+        run = Run(model, guide, loss, lr, num_data)
         status, completed = run.train(_chain(first, rows, batches), steps, progress)
     return Fit(
         losses=torch.tensor(run.losses),
+        elapsed=torch.tensor(run.clock, dtype=torch.float64) - began,
         seconds=seconds_now(where) - began,
         status=status,
         completed=completed,
@@ -189,7 +193,7 @@ def fit(
     )
 
 
-def _chain(first: Tensor, rows: Tensor | None, rest: _Batches) -> _Batches:
+def _chain(first: Tensor, rows: Tensor | None, rest: Batches) -> Batches:
     yield first, rows
     yield from rest
 
@@ -220,14 +224,14 @@ def _batches(
     dtype: torch.dtype | None,
     modules: list[nn.Module],
     guide: Program,
-) -> _Batches:
+) -> Batches:
     """Minibatches without end, each with the numbers of its rows where they are known."""
     if isinstance(x, Tensor):
         # Rows drawn from a model may still hang on its parameters.
         x = x.detach() if device is None else x.detach().to(device)
         x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
         check_rows(x, *modules)
-        return _tensor_batches(x, batch_size)
+        return tensor_batches(x, batch_size)
     if isinstance(guide, PerDatapoint):
         raise ValueError(
             "A PerDatapoint guide has a row of parameters for each datum, so fit has to know "
@@ -241,7 +245,8 @@ def _batches(
     return _loader_batches(x, device, dtype, modules)
 
 
-def _tensor_batches(x: Tensor, batch_size: int) -> _Batches:
+def tensor_batches(x: Tensor, batch_size: int) -> Batches:
+    """Minibatches of rows without end, each with its rows' numbers, in a fresh order per pass."""
     size = min(batch_size, len(x))
     while True:
         order = torch.randperm(len(x)).to(x.device)
@@ -252,7 +257,7 @@ def _tensor_batches(x: Tensor, batch_size: int) -> _Batches:
 
 def _loader_batches(
     loader: DataLoader[Any], device: Any, dtype: Any, modules: list[nn.Module]
-) -> _Batches:
+) -> Batches:
     while True:
         empty = True
         for item in loader:
@@ -266,22 +271,32 @@ def _loader_batches(
             raise ValueError("x is a DataLoader without batches: expected at least one.")
 
 
-class _Run:
-    """The state of a training run."""
+class Run:
+    """The state of a training run.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide; what of both has a gradient is trained.
+        loss: A Pyro ELBO object.
+        lr: Adam's learning rate.
+        num_data: Number of all rows where latents are shared by them, `None` elsewhere.
+    """
 
     def __init__(
-        self, model: Program, guide: Program, loss: ELBO, lr: float, num_data: int | None
+        self, model: Program, guide: Program, loss: ELBO, lr: float, num_data: int | None = None
     ) -> None:
         self.model, self.guide, self.loss, self.lr = model, guide, loss, lr
-        # With latents that all rows share a minibatch's loss is an estimate of all data's.
+        # A minibatch's loss is then an estimate of that of all data.
         self.num_data = num_data
         self.losses: list[float] = []
+        self.clock: list[float] = []
         self.params: list[Tensor] = []
         self.optimizers: list[Callable[[Tensor | None], Any]] = []
         self.good: list[Tensor] = []
         self.kept = 0
 
-    def train(self, batches: _Batches, steps: int, progress: bool) -> tuple[str, bool]:
+    def train(self, batches: Batches, steps: int, progress: bool) -> tuple[str, bool]:
+        """Take the steps; say what happened, and whether all were taken."""
         from tqdm.auto import tqdm
 
         bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step", leave=False)
@@ -363,6 +378,7 @@ class _Run:
             self.kept = len(self.losses)
         self.losses.append(float(total))
         torch._foreach_div_(gradients, float(count))
+        self.clock.append(seconds_now())
         for update in self.optimizers:
             update(rows)
         return float(total)

@@ -43,6 +43,7 @@ ROWS = [
     "fisher",
     "coordinate",
     "local",
+    "alternating",
     "refinement",
     "evidence",
     "diagnostics",

@@ -13,10 +13,19 @@ from pyro.poutine.util import prune_subsample_sites
 import ppvae
 from ppvae import pairs
 from ppvae.density import check_pair, read_model
-from ppvae.families import FullRankNormal, Gamma, TruncatedNormal
+from ppvae.families import FullRankNormal, Gamma, TruncatedNormal, Weibull
 from ppvae.likelihoods import Categorical, Gaussian, NegativeBinomial, Poisson
 
 PAIRS = {
+    "deep_exponential_family": lambda: pairs.deep_exponential_family(5, (4, 3), (8,)),
+    "deep_exponential_family, Weibull": lambda: pairs.deep_exponential_family(
+        5, (4, 3), (8,), Weibull
+    ),
+    "deep_latent_gaussian": lambda: pairs.deep_latent_gaussian(6, (3, 2), (8,)),
+    "deep_latent_gaussian, top-down": lambda: pairs.deep_latent_gaussian(
+        6, (3, 2), (8,), top_down=True
+    ),
+    "deep_latent_gaussian, one layer": lambda: pairs.deep_latent_gaussian(6, (2,), (8,)),
     "exponential_gaussian": pairs.exponential_gaussian,
     "exponential_gaussian, Gamma": lambda: pairs.exponential_gaussian(Gamma()),
     "exponential_gaussian, TruncatedNormal": lambda: pairs.exponential_gaussian(TruncatedNormal()),

@@ -27,7 +27,7 @@ RESAMPLINGS = {k: f"resampling among {k:,} draws" for k in (10, 100, 1000)}
 
 
 def record_of_a_fit(seconds: float) -> ppvae.Fit:
-    return ppvae.Fit(torch.zeros(1), seconds, "completed 1 steps", True, 1, 1)
+    return ppvae.Fit(torch.zeros(1), torch.zeros(1), seconds, "completed 1 steps", True, 1, 1)
 
 
 def off_guide(model: FactorAnalysis, shift: torch.Tensor, stretch: float) -> ppvae.Amortized:

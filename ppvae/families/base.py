@@ -175,6 +175,7 @@ BUILT_IN: dict[type, type[Family]] = {}
 def families_on(support: str) -> str:
     """The names of the families on a support, for messages."""
     names = [f.__name__ for f in BUILT_IN.values() if support_name(f.support) == support]
+    names = list(dict.fromkeys(names))  # A family may have two distribution classes.
     return ", ".join(names) if names else "none is built in; see ppvae.families.DistributionFamily"
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints, transforms
 
 from ppvae.distributions import TruncatedNormal as _TruncatedNormal
+from ppvae.distributions import Weibull as _Weibull
 from ppvae.families.base import BUILT_IN, Family, GaussianFamily, innermost
 
 
@@ -224,7 +225,7 @@ class Weibull(Family):
 
     def _build(self, params: Tensor) -> Any:
         log_scale, log_concentration = self._two(params)
-        return self._event(dist.Weibull(torch.exp(log_scale), torch.exp(log_concentration)))
+        return self._event(_Weibull(torch.exp(log_scale), torch.exp(log_concentration)))
 
     def params_of(self, member: Any) -> Tensor:
         """λ of a Weibull distribution."""
@@ -265,6 +266,7 @@ BUILT_IN.update(
         dist.LogNormal: LogNormal,
         dist.Gamma: Gamma,
         dist.Weibull: Weibull,
+        _Weibull: Weibull,
         _TruncatedNormal: TruncatedNormal,
     }
 )

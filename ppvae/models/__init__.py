@@ -12,6 +12,8 @@ from ppvae.models.bayesian_neural_network import (
     Prediction,
     TargetsGivenInputs,
 )
+from ppvae.models.deep_exponential_family import DeepExponentialFamily
+from ppvae.models.deep_latent_gaussian import DeepLatentGaussian
 from ppvae.models.exponential_gaussian import ExponentialGaussian
 from ppvae.models.implicit import ImplicitModel
 from ppvae.models.linear_gaussian import PPCA, FactorAnalysis
@@ -22,6 +24,8 @@ __all__ = [
     "VAE",
     "Autoencoder",
     "BayesianNeuralNetwork",
+    "DeepExponentialFamily",
+    "DeepLatentGaussian",
     "ExponentialGaussian",
     "FactorAnalysis",
     "ImplicitModel",

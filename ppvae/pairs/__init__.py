@@ -5,11 +5,14 @@ and with `ppvae.fit`.
 """
 
 from ppvae.pairs.bayesian_neural_network import bayesian_neural_network, latent_input_network
+from ppvae.pairs.layered import deep_exponential_family, deep_latent_gaussian
 from ppvae.pairs.tractable import exponential_gaussian, factor_analysis, ppca
 from ppvae.pairs.vae import vae
 
 __all__ = [
     "bayesian_neural_network",
+    "deep_exponential_family",
+    "deep_latent_gaussian",
     "exponential_gaussian",
     "factor_analysis",
     "latent_input_network",
