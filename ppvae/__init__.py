@@ -8,6 +8,7 @@ approximation. `compare` measures both, datum by datum, for any Pyro pair with o
 from importlib.metadata import version
 
 from ppvae import (
+    classical,
     data,
     density,
     diagnostics,
@@ -44,6 +45,7 @@ __all__ = [
     "PerDatapoint",
     "Refinement",
     "RepairCosts",
+    "classical",
     "compare",
     "data",
     "density",

@@ -35,6 +35,7 @@ ROWS = [
     "objectives",
     "compiled",
     "training",
+    "classical",
     "natural",
     "fisher",
     "coordinate",

@@ -6,7 +6,16 @@ A model is called with rows, ``model(x)``, to condition on them, or with a numbe
 """
 
 from ppvae.models.exponential_gaussian import ExponentialGaussian
+from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.linear_gaussian import PPCA, FactorAnalysis
+from ppvae.models.linear_state_space import LinearStateSpace
 from ppvae.models.vae import VAE
 
-__all__ = ["PPCA", "VAE", "ExponentialGaussian", "FactorAnalysis"]
+__all__ = [
+    "PPCA",
+    "VAE",
+    "ExponentialGaussian",
+    "FactorAnalysis",
+    "GaussianMixture",
+    "LinearStateSpace",
+]

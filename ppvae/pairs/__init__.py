@@ -4,7 +4,20 @@ Each works with `pyro.infer.SVI` under `Trace_ELBO` and `TraceMeanField_ELBO`, w
 and with `ppvae.fit`.
 """
 
-from ppvae.pairs.tractable import exponential_gaussian, factor_analysis, ppca
+from ppvae.pairs.tractable import (
+    exponential_gaussian,
+    factor_analysis,
+    gaussian_mixture,
+    linear_state_space,
+    ppca,
+)
 from ppvae.pairs.vae import vae
 
-__all__ = ["exponential_gaussian", "factor_analysis", "ppca", "vae"]
+__all__ = [
+    "exponential_gaussian",
+    "factor_analysis",
+    "gaussian_mixture",
+    "linear_state_space",
+    "ppca",
+    "vae",
+]
