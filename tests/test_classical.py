@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from pyro.infer import TraceMeanField_ELBO
 from scipy import stats
 
 import ppvae
 from ppvae import pairs
 from ppvae.classical import coordinate_ascent, em
 from ppvae.families import DiagonalNormal, FullRankNormal
-from ppvae.isolation import forked_rng
+from ppvae.isolation import forked_rng, private_store
 from ppvae.models import PPCA, ExponentialGaussian, FactorAnalysis
 
 both = pytest.mark.parametrize("kind", [PPCA, FactorAnalysis])
@@ -18,7 +19,7 @@ both = pytest.mark.parametrize("kind", [PPCA, FactorAnalysis])
 
 def rows(size=300, x_dim=6, z_dim=2, seed=0):
     """Rows of a factor analysis with scales that differ, away from zero."""
-    with forked_rng(seed), torch.no_grad():
+    with forked_rng(seed), private_store(), torch.no_grad():
         noise = torch.linspace(0.4, 0.9, x_dim).double()
         model = FactorAnalysis(x_dim, z_dim, noise=noise).double()
         model.loc.copy_(torch.randn(x_dim))
@@ -31,7 +32,7 @@ def start(kind, z_dim, x_dim=6, seed=1):
 
 
 def evidence(model, x):
-    return float(model.log_evidence(x).mean())
+    return float(model.log_evidence(x).detach().mean())
 
 
 def saturated(x):
@@ -49,7 +50,8 @@ def best_mean_field(model, x):
 
 def elbo_by_kl(model, x, q):
     """log p(x) − KL(q ‖ p(z | x)), by torch's KL of two multivariate normals."""
-    full = torch.distributions.MultivariateNormal(q.mean, q.covariance_matrix)
+    covariance = getattr(q, "covariance_matrix", q.variance.diag_embed())
+    full = torch.distributions.MultivariateNormal(q.mean, covariance)
     return (
         model.log_evidence(x) - torch.distributions.kl_divergence(full, model.posterior(x))
     ).detach()
@@ -145,7 +147,7 @@ def test_em_for_factor_analysis_ends_where_the_likelihood_equations_hold():
     assert fit.converged
     covariance = model.loadings @ model.loadings.mT + (model.noise**2).diag()
     sample = torch.cov(x.mT, correction=0)
-    torch.testing.assert_close(covariance.diagonal().detach(), sample.diagonal(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(covariance.diagonal().detach(), sample.diagonal(), atol=1e-5, rtol=0)
     model.log_evidence(x).mean().backward()
     assert max(float(p.grad.abs().max()) for p in model.parameters()) < 1e-5
     # Between probabilistic PCA, which is a special case, and the Gaussian without structure.
@@ -266,13 +268,22 @@ def test_variational_em_leaves_alone_what_is_held_fixed(held):
 # SVI, the third road.
 
 
-def svi(model, guide, x, stages):
-    for lr, steps in stages:
-        fit = ppvae.fit(model, guide, x, steps=steps, batch_size=len(x), lr=lr, progress=False)
+def svi(model, guide, x):
+    """Learning rates lowered in stages, and more draws in the last, where noise is what is left."""
+    for stage, (lr, steps, draws) in enumerate(((3e-2, 300, 4), (3e-3, 200, 16), (3e-4, 200, 32))):
+        loss = TraceMeanField_ELBO(draws, vectorize_particles=True, max_plate_nesting=1)
+        fit = ppvae.fit(
+            model,
+            guide,
+            x,
+            loss=loss,
+            steps=steps,
+            batch_size=len(x),
+            lr=lr,
+            seed=stage,
+            progress=False,
+        )
         assert fit.completed
-
-
-STAGES = ((3e-2, 400), (5e-3, 300), (5e-4, 300))
 
 
 @pytest.mark.parametrize("kind", ["ppca", "factor_analysis"])
@@ -282,7 +293,7 @@ def test_svi_learns_the_model_that_em_learns(kind):
     with forked_rng(2):
         model, guide = getattr(pairs, kind)(6, 2, FullRankNormal(2))
         model, guide = model.double(), guide.double()
-    svi(model, guide, x, STAGES)
+    svi(model, guide, x)
     if kind == "ppca":
         best = evidence(PPCA.maximum_likelihood(x, 2), x)
     else:
@@ -300,7 +311,7 @@ def test_svi_meets_the_best_mean_field():
     with forked_rng(2):
         model, guide = pairs.factor_analysis(6, 3)
         model, guide = model.double().requires_grad_(False), guide.double()
-    svi(model, guide, x, STAGES)
+    svi(model, guide, x)
     reached = elbo_by_kl(model, x, guide.family.distribution(guide.params(x)))
     best = best_mean_field(model, x)
     print(float((best - reached).mean()))
