@@ -268,9 +268,12 @@ def test_variational_em_leaves_alone_what_is_held_fixed(held):
 # SVI, the third road.
 
 
+STAGES = ((5e-2, 200, 2), (2e-2, 200, 4), (5e-3, 200, 8), (1e-3, 200, 16), (2e-4, 200, 32))
+
+
 def svi(model, guide, x):
     """Learning rates lowered in stages, and more draws in the last, where noise is what is left."""
-    for stage, (lr, steps, draws) in enumerate(((3e-2, 300, 4), (3e-3, 200, 16), (3e-4, 200, 32))):
+    for stage, (lr, steps, draws) in enumerate(STAGES):
         loss = TraceMeanField_ELBO(draws, vectorize_particles=True, max_plate_nesting=1)
         fit = ppvae.fit(
             model,
@@ -286,6 +289,7 @@ def svi(model, guide, x):
         assert fit.completed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ppca", "factor_analysis"])
 def test_svi_learns_the_model_that_em_learns(kind):
     """The evidence of the model, and the ELBO of the full-rank guide beside it."""
@@ -306,6 +310,7 @@ def test_svi_learns_the_model_that_em_learns(kind):
     assert best - float(reached.mean()) < 1e-4
 
 
+@pytest.mark.slow
 def test_svi_meets_the_best_mean_field():
     x = rows(size=100)
     with forked_rng(2):

@@ -53,8 +53,8 @@ def test_evidence_and_posterior_against_scipy(full_covariance):
     )
     shares = np.stack(
         [
-            w * stats.multivariate_normal(m, c).pdf(x)
-            for w, m, c in zip(WEIGHTS.double(), LOC.double(), covariances, strict=True)
+            w * stats.multivariate_normal(m, c).pdf(x.numpy())
+            for w, m, c in zip(WEIGHTS.numpy(), LOC.numpy(), covariances, strict=True)
         ],
         axis=-1,
     )
@@ -139,7 +139,9 @@ def test_with_the_exact_posterior_as_guide_all_weights_are_the_evidence():
     torch.testing.assert_close(weights, model.log_evidence(x).expand(50, 9))
 
 
-@pytest.mark.parametrize("loss", ["TraceEnum_ELBO", "TraceGraph_ELBO"])
+@pytest.mark.parametrize(
+    "loss", ["TraceEnum_ELBO", pytest.param("TraceGraph_ELBO", marks=pytest.mark.slow)]
+)
 def test_an_amortized_guide_comes_within_two_hundredths_of_a_nat(loss):
     """The family holds the posterior, so that the whole gap is amortization."""
     model = given()
@@ -148,10 +150,10 @@ def test_an_amortized_guide_comes_within_two_hundredths_of_a_nat(loss):
         _, guide = pairs.gaussian_mixture(2, 3)
     before = exact_elbo(model, test, guide.family.log_probs(guide.params(test))[:, 0]).detach()
     if loss == "TraceEnum_ELBO":
-        fitted, objective, steps = config_enumerate(guide), TraceEnum_ELBO(max_plate_nesting=1), 300
+        fitted, objective, steps = config_enumerate(guide), TraceEnum_ELBO(max_plate_nesting=1), 100
     else:
-        fitted, objective, steps = guide, TraceGraph_ELBO(), 500
-    for lr in (2e-2, 2e-3):
+        fitted, objective, steps = guide, TraceGraph_ELBO(), 400
+    for lr in (3e-2, 3e-3):
         fit = ppvae.fit(
             model, fitted, train, loss=objective, steps=steps, batch_size=250, lr=lr, progress=False
         )
@@ -170,37 +172,12 @@ def test_the_per_row_optimum_by_enumeration_is_the_posterior():
     x = rows(model, 30)
     guide = PerDatapoint(Categorical(3), 30).double()
     loss, fitted = TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(guide)
-    for lr in (0.3, 0.03):
-        ppvae.fit(model, fitted, x, loss=loss, steps=150, batch_size=30, lr=lr, progress=False)
+    for lr in (1.0, 0.1):
+        ppvae.fit(model, fitted, x, loss=loss, steps=100, batch_size=30, lr=lr, progress=False)
     log_q = guide.families["z"].log_probs(guide.params(x)["z"])[:, 0].detach()
     gap = model.log_evidence(x) - exact_elbo(model, x, log_q)
     assert float(gap.abs().max()) < 0.02
     assert float(gap.mean()) < 1e-3
-
-
-def test_learned_components_come_close_to_the_evidence_of_the_truth():
-    """Model and guide learned together, from a start that is not the truth."""
-    truth = given()
-    x = rows(truth, 2000)
-    with forked_rng(3):
-        model, guide = pairs.gaussian_mixture(2, 3)
-    before = float(model.log_evidence(x).detach().mean())
-    loss = TraceEnum_ELBO(max_plate_nesting=1)
-    for lr in (3e-2, 3e-3):
-        ppvae.fit(
-            model,
-            config_enumerate(guide),
-            x,
-            loss=loss,
-            steps=300,
-            batch_size=500,
-            lr=lr,
-            progress=False,
-        )
-    learned = model.log_evidence(x).detach() - truth.log_evidence(x)
-    error = float(learned.std()) / len(x) ** 0.5
-    assert float(learned.mean()) > -0.02 - 3 * error
-    assert float(model.log_evidence(x).detach().mean()) > before + 0.5
 
 
 # The gradient.
@@ -236,6 +213,25 @@ def test_the_score_function_gradient_is_unbiased():
     error = drawn.std(dim=1) / copies**0.5
     assert float(error.max()) < 0.1  # Sharp enough to see a bias.
     assert float(((drawn.mean(dim=1) - free.grad).abs() / error).max()) < 5
+
+
+@kinds
+def test_at_the_posterior_the_models_gradient_is_that_of_its_evidence(full_covariance):
+    """Fisher's identity, with the sum over components that TraceEnum_ELBO takes."""
+    with forked_rng(0):
+        model = GaussianMixture(2, 3, full_covariance=full_covariance).double()
+    x = torch.randn(20, 2).double()
+    model.log_evidence(x).sum().backward()
+    exact = [p.grad.clone() for p in model.parameters()]
+    guide = PerDatapoint(Categorical(3), 20).double()
+    with torch.no_grad():
+        guide.table("z").weight.copy_(model.posterior(x).logits)
+    model.zero_grad()
+    with private_store():
+        TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(model, config_enumerate(guide), x)
+    for parameter, gradient in zip(model.parameters(), exact, strict=True):
+        torch.testing.assert_close(-parameter.grad, gradient)
+        assert float(gradient.abs().max()) > 0.1
 
 
 def test_the_mixture_is_symmetric_in_the_order_of_its_components():
