@@ -268,7 +268,7 @@ def test_variational_em_leaves_alone_what_is_held_fixed(held):
 # SVI, the third road.
 
 
-STAGES = ((5e-2, 200, 2), (2e-2, 200, 4), (5e-3, 200, 8), (1e-3, 200, 16), (2e-4, 200, 32))
+STAGES = ((5e-2, 300, 2), (2e-2, 300, 4), (5e-3, 300, 8), (1e-3, 300, 16), (2e-4, 500, 32))
 
 
 def svi(model, guide, x):
