@@ -60,7 +60,7 @@ print(variational)
 
 # %%
 # SVI trains the ready-made pair, mean field and linear encoder, with a learning rate that is
-# lowered in stages. Its own losses are noisy; the distance that is drawn below is computed exactly, as
+# lowered in stages. Its own losses are noisy; the distance that is drawn below is exact,
 # :math:`\log p(x) - \mathrm{KL}(q \,\|\, p(z \mid x))`.
 
 

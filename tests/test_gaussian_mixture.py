@@ -161,7 +161,6 @@ def test_an_amortized_guide_comes_within_two_hundredths_of_a_nat(loss):
         assert fit.completed
     log_q = guide.family.log_probs(guide.params(test))[:, 0]
     gap = (model.log_evidence(test) - exact_elbo(model, test, log_q)).detach()
-    print(loss, float(gap.mean()), float((model.log_evidence(test) - before).mean()))
     assert float(gap.min()) > -1e-4  # A KL divergence.
     assert 0 < float(gap.mean()) < 0.02
     assert float((model.log_evidence(test) - before).mean()) > 0.2

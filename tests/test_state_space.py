@@ -241,7 +241,6 @@ def test_compare_measures_the_closed_form_gap_of_each_structure():
         gap = one["approximation_gap"].values
         error = one["approximation_gap_stderr"].values
         exact = gaps[family] = closed_form_gap(model, family)
-        print(family, exact, gap.mean(), np.abs(gap - exact).max(), error.max())
         # The engine stops within a thousandth of a nat of the optimum.
         assert np.all(np.abs(gap - exact) < 5 * error + 2e-3)
     mean_field, per_step, per_coordinate, full = gaps.values()
