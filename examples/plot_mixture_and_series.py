@@ -111,6 +111,6 @@ ax.set(xticks=place, xticklabels=families, ylabel="approximation gap (nats per s
 ax.legend()
 
 # %%
-# Full rank is the exact smoother. Here what links the two coordinates within a step is worth little,
-# and what links the steps of one coordinate is worth two thirds of the gap. With other matrices it
-# may be the other way round.
+# Full rank is the exact smoother. Here what links the two coordinates within a step is worth
+# little, and what links the steps of one coordinate is worth two thirds of the gap. With other
+# matrices it may be the other way round.

@@ -22,6 +22,7 @@ PAIRS = {
     "exponential_gaussian, TruncatedNormal": lambda: pairs.exponential_gaussian(TruncatedNormal()),
     "factor_analysis": pairs.factor_analysis,
     "factor_analysis, FullRankNormal": lambda: pairs.factor_analysis(6, 3, FullRankNormal(3)),
+    "gaussian_mixture": pairs.gaussian_mixture,
     "linear_state_space": lambda: pairs.linear_state_space(4, 2, 2),
     "linear_state_space, BlockNormal": lambda: pairs.linear_state_space(
         3, 2, 2, BlockNormal(6, [(0, 1), (2, 3), (4, 5)])
