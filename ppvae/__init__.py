@@ -8,6 +8,7 @@ approximation. `compare` measures both, datum by datum, for any Pyro pair with o
 from importlib.metadata import version
 
 from ppvae import (
+    classical,
     data,
     density,
     diagnostics,
@@ -47,6 +48,7 @@ __all__ = [
     "PerDatapoint",
     "Refinement",
     "RepairCosts",
+    "classical",
     "compare",
     "data",
     "density",

@@ -42,6 +42,7 @@ class Descent:
 
     Attributes:
         losses: ``(steps, players)``.
+        elapsed: ``(steps,)``: seconds until the losses of each step were known.
         seconds: Wall time.
         status: What happened, in words.
         completed: Whether all steps were taken with finite losses.
@@ -49,6 +50,7 @@ class Descent:
     """
 
     losses: Tensor
+    elapsed: Tensor
     seconds: float
     status: str
     completed: bool
@@ -112,6 +114,7 @@ def descend(
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     good, kept = _copy(tensors), 0
     losses: list[list[float]] = []
+    clock: list[float] = []
     began = seconds_now(where)
     status, completed = f"completed {steps} steps", True
     bar = tqdm(total=steps, disable=not progress, desc=name, unit="step", leave=False)
@@ -126,6 +129,7 @@ def descend(
                 if before is not None:
                     good, kept = before, len(losses)
                 losses.append(values)
+                clock.append(seconds_now() - began)
                 if before is not None:
                     bar.set_postfix(loss=" ".join(f"{value:.3f}" for value in values))
                 bar.update()
@@ -146,6 +150,7 @@ def descend(
                 param.grad = None
     return Descent(
         torch.tensor(losses).reshape(-1, len(players)),
+        torch.tensor(clock, dtype=torch.float64),
         seconds_now(where) - began,
         status,
         completed,

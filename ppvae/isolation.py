@@ -30,10 +30,20 @@ class OwnedModule(PyroModule):
     of one kind that are trained in one process share a store entry and the second silently does
     not train. An `OwnedModule` has a process-wide serial number in its name. Copies and unpickled
     modules get a number of their own. ``state_dict`` keys do not contain it.
+
+    A parameter that needs no gradient stays so: Pyro's store would turn it on at its first use.
     """
 
     def __init__(self) -> None:
         super().__init__(f"{type(self).__name__}_{next(_serial)}")
+
+    def __getattr__(self, name: str) -> Any:
+        parameter = self.__dict__.get("_parameters", {}).get(name)
+        held = parameter is not None and not parameter.requires_grad
+        value = super().__getattr__(name)
+        if held:
+            parameter.requires_grad_(False)
+        return value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -77,6 +77,7 @@ def fit_autoencoder(
     )
     return Fit(
         losses=run.losses[:, 0],
+        elapsed=run.elapsed,
         seconds=run.seconds,
         status=run.status,
         completed=run.completed,

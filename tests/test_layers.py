@@ -39,6 +39,7 @@ ROWS = [
     "descent",
     "reconstruction",
     "adversarial",
+    "classical",
     "natural",
     "fisher",
     "coordinate",

@@ -59,6 +59,21 @@ def test_given_parameters_are_held_fixed(kind):
         kind(5, 2, noise=-noise)
 
 
+@pytest.mark.parametrize("kind", [FactorAnalysis, PPCA])
+@pytest.mark.fills_store
+def test_what_is_held_fixed_stays_so_when_the_model_runs(kind):
+    """Pyro's store turns gradients on for what it is given, also outside of training."""
+    noise = torch.full((5,) if kind is FactorAnalysis else (), 0.3)
+    model = kind(5, 2, loadings=torch.randn(5, 2), noise=noise, loc=torch.ones(5))
+    x = model(size=20)
+    assert not x.requires_grad
+    assert not any(p.requires_grad for p in model.parameters())
+    before = [p.clone() for p in model.parameters()]
+    _, guide = getattr(ppvae.pairs, "ppca" if kind is PPCA else "factor_analysis")(5, 2)
+    ppvae.fit(model, guide, x, steps=3, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def simulated():
     torch.manual_seed(0)
     return {

@@ -13,7 +13,7 @@ from pyro.poutine.util import prune_subsample_sites
 import ppvae
 from ppvae import pairs
 from ppvae.density import check_pair, read_model
-from ppvae.families import FullRankNormal, Gamma, TruncatedNormal, Weibull
+from ppvae.families import BlockNormal, FullRankNormal, Gamma, TruncatedNormal, Weibull
 from ppvae.likelihoods import Categorical, Gaussian, NegativeBinomial, Poisson
 
 PAIRS = {
@@ -33,6 +33,11 @@ PAIRS = {
     "factor_analysis, FullRankNormal": lambda: pairs.factor_analysis(6, 3, FullRankNormal(3)),
     "latent_input_network": lambda: pairs.latent_input_network(2, 1, 2, (8,)),
     "latent_input_network, linear": lambda: pairs.latent_input_network(1, 2, 1, ()),
+    "gaussian_mixture": pairs.gaussian_mixture,
+    "linear_state_space": lambda: pairs.linear_state_space(4, 2, 2),
+    "linear_state_space, BlockNormal": lambda: pairs.linear_state_space(
+        3, 2, 2, BlockNormal(6, [(0, 1), (2, 3), (4, 5)])
+    ),
     "ppca": pairs.ppca,
     "vae": lambda: pairs.vae(6, 2, [8]),
     "vae, Gaussian network": lambda: pairs.vae(6, 2, [8], Gaussian.network()),

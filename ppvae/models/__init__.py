@@ -15,8 +15,10 @@ from ppvae.models.bayesian_neural_network import (
 from ppvae.models.deep_exponential_family import DeepExponentialFamily
 from ppvae.models.deep_latent_gaussian import DeepLatentGaussian
 from ppvae.models.exponential_gaussian import ExponentialGaussian
+from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.implicit import ImplicitModel
 from ppvae.models.linear_gaussian import PPCA, FactorAnalysis
+from ppvae.models.linear_state_space import LinearStateSpace
 from ppvae.models.vae import VAE
 
 __all__ = [
@@ -28,8 +30,10 @@ __all__ = [
     "DeepLatentGaussian",
     "ExponentialGaussian",
     "FactorAnalysis",
+    "GaussianMixture",
     "ImplicitModel",
     "LatentInputNetwork",
+    "LinearStateSpace",
     "Prediction",
     "TargetsGivenInputs",
 ]

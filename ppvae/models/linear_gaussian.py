@@ -3,25 +3,15 @@ r"""Linear models with Gaussian noise, where evidence and posterior are exact.""
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroParam
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
-from ppvae.isolation import OwnedModule, plate_size
-
-
-def _parameter(given: Tensor | None, start: Tensor, name: str) -> nn.Parameter:
-    """A learned parameter, or a given one that is held fixed."""
-    if given is None:
-        return nn.Parameter(start)
-    if tuple(given.shape) != tuple(start.shape):
-        raise ValueError(f"{name}: expected shape {tuple(start.shape)}; got {tuple(given.shape)}.")
-    return nn.Parameter(given.detach().clone(), requires_grad=False)
+from ppvae.isolation import OwnedModule, check_rows, plate_size
+from ppvae.models.parameters import set_parameter
 
 
 class _LinearGaussian(OwnedModule):
@@ -45,16 +35,9 @@ class _LinearGaussian(OwnedModule):
             raise ValueError(f"x_dim and z_dim must be positive; got {x_dim} and {z_dim}.")
         self.x_dim, self.z_dim = x_dim, z_dim
         random = torch.randn(x_dim, z_dim) / math.sqrt(z_dim)
-        self.loadings = _parameter(loadings, random, "loadings")
-        self.loc = _parameter(loc, torch.zeros(x_dim), "loc")
-        scale = _parameter(noise, torch.ones(noise_shape), "noise")
-        if not bool((scale > 0).all()):
-            raise ValueError("noise: standard deviations must be positive.")
-        fixed = not scale.requires_grad
-        self.noise = PyroParam(scale.detach(), constraints.positive)
-        if fixed:
-            unconstrained: Any = self.noise_unconstrained
-            unconstrained.requires_grad_(False)
+        set_parameter(self, "loadings", loadings, random)
+        set_parameter(self, "loc", loc, torch.zeros(x_dim))
+        set_parameter(self, "noise", noise, torch.ones(noise_shape), constraints.positive)
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """The generative process: rows ``x`` to condition on, or ``size`` rows to draw."""
@@ -157,3 +140,57 @@ class PPCA(_LinearGaussian):
         loc: Tensor | None = None,
     ) -> None:
         super().__init__(x_dim, z_dim, (), loadings, noise, loc)
+
+    @classmethod
+    def maximum_likelihood(cls, x: Tensor, z_dim: int) -> PPCA:
+        r"""The model under which these rows have the largest evidence, in closed form.
+
+        .. math::
+            W = U_d (\Lambda_d - \sigma^2 I)^{1/2}, \qquad
+            \sigma^2 = \frac{1}{D - d} \sum_{j > d} \lambda_j, \qquad \mu = \bar x
+
+        with eigenvalues and eigenvectors of the sample covariance, of which the d largest are
+        kept (Tipping & Bishop 1999, eq. 7 and 8). W is unique up to a rotation of z; this one has
+        orthogonal columns, so that the posterior is mean-field.
+
+        Args:
+            x: Rows, ``(batch, x_dim)``.
+            z_dim: Size of the latent, less than ``x_dim``.
+
+        Returns:
+            A model in the rows' dtype, its parameters free: ``model.requires_grad_(False)``
+            holds them.
+
+        Raises:
+            ValueError: If the rows are unfit, ``z_dim`` is not below ``x_dim``, or the rows lie
+                in ``z_dim`` dimensions, so that the evidence has no maximum.
+
+        Example:
+            >>> import torch
+            >>> x = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+            >>> model = PPCA.maximum_likelihood(x, z_dim=1)
+            >>> float(model.noise.detach() ** 2)
+            0.5
+        """
+        check_rows(x)
+        if x.dim() != 2 or not 1 <= z_dim < x.shape[-1]:
+            raise ValueError(
+                f"PPCA.maximum_likelihood: expected x of shape (batch, x_dim) and "
+                f"1 <= z_dim < x_dim; got x {tuple(x.shape)} and z_dim={z_dim}."
+            )
+        rows = x.detach().double()
+        loc = rows.mean(dim=0)
+        eigenvalues, vectors = torch.linalg.eigh((rows - loc).mT @ (rows - loc) / len(rows))
+        discarded, kept = eigenvalues[:-z_dim], eigenvalues[-z_dim:]
+        variance = discarded.mean()
+        if not bool(variance > 1e-12 * eigenvalues[-1]):
+            raise ValueError(
+                f"PPCA.maximum_likelihood: the {len(x)} rows of x lie in a space of z_dim={z_dim} "
+                f"dimensions, so that the noise is 0 and the evidence infinite. Lower z_dim, or "
+                f"give more rows."
+            )
+        loadings = vectors[:, -z_dim:] * (kept - variance).clamp(min=0.0).sqrt()
+        model = cls(
+            x.shape[-1], z_dim, loadings=loadings.to(x), noise=variance.sqrt().to(x), loc=loc.to(x)
+        )
+        return model.requires_grad_(True)

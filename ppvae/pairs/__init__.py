@@ -6,7 +6,13 @@ and with `ppvae.fit`.
 
 from ppvae.pairs.bayesian_neural_network import bayesian_neural_network, latent_input_network
 from ppvae.pairs.layered import deep_exponential_family, deep_latent_gaussian
-from ppvae.pairs.tractable import exponential_gaussian, factor_analysis, ppca
+from ppvae.pairs.tractable import (
+    exponential_gaussian,
+    factor_analysis,
+    gaussian_mixture,
+    linear_state_space,
+    ppca,
+)
 from ppvae.pairs.vae import vae
 
 __all__ = [
@@ -15,7 +21,9 @@ __all__ = [
     "deep_latent_gaussian",
     "exponential_gaussian",
     "factor_analysis",
+    "gaussian_mixture",
     "latent_input_network",
+    "linear_state_space",
     "ppca",
     "vae",
 ]
