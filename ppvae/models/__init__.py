@@ -15,6 +15,7 @@ from ppvae.models.bayesian_neural_network import (
 from ppvae.models.exponential_gaussian import ExponentialGaussian
 from ppvae.models.implicit import ImplicitModel
 from ppvae.models.linear_gaussian import PPCA, FactorAnalysis
+from ppvae.models.sigmoid_belief_network import SigmoidBeliefNetwork
 from ppvae.models.vae import VAE
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "ImplicitModel",
     "LatentInputNetwork",
     "Prediction",
+    "SigmoidBeliefNetwork",
     "TargetsGivenInputs",
 ]

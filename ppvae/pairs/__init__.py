@@ -5,6 +5,7 @@ and with `ppvae.fit`.
 """
 
 from ppvae.pairs.bayesian_neural_network import bayesian_neural_network, latent_input_network
+from ppvae.pairs.sigmoid_belief_network import sigmoid_belief_network
 from ppvae.pairs.tractable import exponential_gaussian, factor_analysis, ppca
 from ppvae.pairs.vae import vae
 
@@ -14,5 +15,6 @@ __all__ = [
     "factor_analysis",
     "latent_input_network",
     "ppca",
+    "sigmoid_belief_network",
     "vae",
 ]
