@@ -38,8 +38,8 @@ class SigmoidBeliefNetwork(OwnedModule):
         ``x``: ``(batch, x_dim)``, zeros and ones; ``z_l``: ``(batch, z_dims[l − 1])``.
 
     Attributes:
-        layers: :math:`W_l, b_l` for l = 0 to L − 1.
-        prior_logits: :math:`b_L`.
+        layers: :math:`W_l, b_l` for l = 0 to L − 1, linear layers.
+        prior: :math:`b_L`, as ``prior["logits"]``.
 
     Raises:
         ValueError: If a width is below 1 or there is no layer; on a call with rows of another
@@ -65,7 +65,9 @@ class SigmoidBeliefNetwork(OwnedModule):
         self.layers = nn.ModuleList(
             nn.Linear(above, width) for above, width in zip(self.z_dims, below, strict=True)
         )
-        self.prior_logits = nn.Parameter(torch.zeros(self.z_dims[-1]))
+        # Pyro's store thaws frozen parameters that are attributes of a model of its own kind; those
+        # of torch's modules it leaves alone.
+        self.prior = nn.ParameterDict({"logits": nn.Parameter(torch.zeros(self.z_dims[-1]))})
         self.likelihood = Bernoulli()
 
     @property
@@ -79,7 +81,7 @@ class SigmoidBeliefNetwork(OwnedModule):
         batch = plate_size(type(self).__name__, x, size, event_shape=(self.x_dim,))
         if x is not None and is_validation_enabled():
             self.likelihood.check(x)
-        logits, layers = self.prior_logits, self.layers
+        logits, layers = self.prior["logits"], self.layers
         with pyro.plate("data", batch, dim=-1):
             for site, layer in zip(reversed(self.sites), reversed(layers), strict=True):
                 z = pyro.sample(site, dist.Bernoulli(logits=logits).to_event(1))
