@@ -25,6 +25,8 @@ PAIRS = {
     "latent_input_network": lambda: pairs.latent_input_network(2, 1, 2, (8,)),
     "latent_input_network, linear": lambda: pairs.latent_input_network(1, 2, 1, ()),
     "ppca": pairs.ppca,
+    "sigmoid_belief_network": lambda: pairs.sigmoid_belief_network(6, [3], [8]),
+    "sigmoid_belief_network, two layers": lambda: pairs.sigmoid_belief_network(6, [3, 2], [8]),
     "vae": lambda: pairs.vae(6, 2, [8]),
     "vae, Gaussian network": lambda: pairs.vae(6, 2, [8], Gaussian.network()),
     "vae, Gaussian": lambda: pairs.vae(6, 2, [8], "gaussian"),
