@@ -42,12 +42,12 @@ def sigmoid_belief_network(
     Example:
         >>> model, guide = sigmoid_belief_network(x_dim=9, z_dims=[3, 2], hidden=[16])
         >>> guide
-        Amortized({'z_1': Bernoulli(3), 'z_2': Bernoulli(2)}, MLP(9 -> 16 -> 5, ELU))
+        Amortized({'z_2': Bernoulli(2), 'z_1': Bernoulli(3)}, MLP(9 -> 16 -> 5, ELU))
     """
     model = SigmoidBeliefNetwork(x_dim, z_dims)
-    families = {
-        site: Bernoulli(width) for site, width in zip(model.sites, model.z_dims, strict=True)
-    }
+    # In the model's order, from the top down.
+    layers = list(zip(model.sites, model.z_dims, strict=True))[::-1]
+    families = {site: Bernoulli(width) for site, width in layers}
     encoder = MLP(x_dim, hidden, sum(model.z_dims))
     subtracted = None
     if baseline is not None:
