@@ -93,10 +93,16 @@ ax.set_ylabel("ELBO (nats per datum),\nmean of 20 minibatches")
 ax.legend(frameon=False)
 
 # %%
+# Without a baseline the encoder wanders. With one, training follows the exact sum at a distance of
+# about one nat, at a cost that does not grow with the number of configurations.
+
+# %%
 # How noisy are the gradients?
 # ----------------------------
 # The encoder's gradient on one minibatch, drawn anew many times, at the start and at the end of
-# the training with a baseline: the variance is summed over all the encoder's parameters.
+# the training with a baseline: with none, with the baseline's mean over the rows, and with the
+# baseline itself. Subtracting one number for all rows does most of it, as the signal lies far below
+# zero.
 
 
 def gradient_variance(model, guide, x, draws):
@@ -111,14 +117,25 @@ def gradient_variance(model, guide, x, draws):
     return float(torch.stack(gradients).var(dim=0).sum())
 
 
+x = digits.train[:64]
 print("variance of the gradient, summed over the encoder's parameters (nats squared)")
 with private_store(), forked_rng(1):
     for when, (model, guide) in {"start": start, "end": trained["with baseline"]}.items():
-        bare = Amortized(guide.families, guide.encoder)
-        draws = 5 if QUICK else 30
-        without = gradient_variance(model, bare, digits.train[:64], draws)
-        less = gradient_variance(model, guide, digits.train[:64], draws)
-        print(f"{when:5s}  without {without:10.3f}  with {less:8.3f}  ratio {without / less:6.1f}")
+        flat = copy.deepcopy(guide.baseline)
+        with torch.no_grad():
+            flat.network = torch.nn.Linear(64, 1)
+            flat.network.weight.zero_()
+            flat.network.bias.fill_(guide.baseline.network(x).mean())
+        variances = {
+            name: gradient_variance(
+                model,
+                Amortized(guide.families, guide.encoder, baseline=baseline),
+                x,
+                5 if QUICK else 30,
+            )
+            for name, baseline in (("none", None), ("its mean", flat), ("b(x)", guide.baseline))
+        }
+        print(f"{when:6s}" + "".join(f"{name}: {v:8.2f}   " for name, v in variances.items()))
 
 # %%
 # What the units draw
@@ -141,6 +158,8 @@ figure.colorbar(image, ax=axes, label="weight (logit)")
 # ----------------------
 # `compare` sums over all configurations for log p(x), and fits the best mean field to each row by
 # coordinate ascent.
+# What is left to the encoder, the amortization gap, is the larger part here: binary units that are
+# independent given x describe these posteriors to about a tenth of a nat.
 
 comparison = ppvae.compare(model, guide, digits.test[: 10 if QUICK else 60])
 print(comparison)
