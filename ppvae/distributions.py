@@ -316,3 +316,49 @@ class Weibull(dist.Weibull):
         """Draws without gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape)
+
+
+class BernoulliVector(dist.Independent):
+    r"""Independent binary elements.
+
+    .. math:: p(z) = \prod_d \sigma(o_d)^{z_d} (1 - \sigma(o_d))^{1 - z_d}
+
+    Pyro's ``Bernoulli(logits).to_event(1)``, which in addition lists its :math:`2^d` values.
+    Pyro's own cannot, and `pyro.infer.config_enumerate` passes over it without a word, so that
+    `TraceEnum_ELBO` would draw where it was to sum.
+
+    Args:
+        logits: :math:`o`, ``(*batch, d)``.
+
+    Example:
+        >>> import torch
+        >>> BernoulliVector(torch.zeros(3)).enumerate_support().shape
+        torch.Size([8, 3])
+    """
+
+    has_enumerate_support = True
+
+    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
+        base = dist.Bernoulli(logits=logits, validate_args=validate_args)
+        super().__init__(base, 1, validate_args=validate_args)
+
+    @property
+    def logits(self) -> Tensor:
+        """Log odds, ``(*batch, d)``."""
+        out: Tensor = self.base_dist.logits
+        return out
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> BernoulliVector:
+        """The same distribution with a larger batch shape."""
+        return BernoulliVector(self.logits.expand(*batch_shape, *self.event_shape))
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """All values, ``(2**d, *batch, d)``, or with batch dimensions of size 1."""
+        (size,) = self.event_shape
+        logits = self.logits
+        bits = torch.arange(2**size, device=logits.device)[:, None] >> torch.arange(
+            size, device=logits.device
+        )
+        values = (bits & 1).to(logits.dtype)
+        values = values.reshape(-1, *(1 for _ in self.batch_shape), size)
+        return values.expand(-1, *self.batch_shape, size) if expand else values

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppvae.baselines import Baseline
 from ppvae.density import ModelSites, Program, check_pair, judging
 from ppvae.families import Family, split_sites
 from ppvae.freeing import Reading, read_families, read_free
@@ -41,10 +43,12 @@ class Amortized(OwnedModule):
             sites one after the other; rows that are scalars reach it as ``(batch, 1)``.
         site: Name of the latent site, where one family is given.
         plate: Name of the plate over the rows.
+        baseline: What `TraceGraph_ELBO` subtracts from the learning signal of latents whose draws
+            are not reparameterised. It is trained by that loss, and is no part of q.
 
     Raises:
-        ValueError: If there is no family; on a call whose encoder output is not
-            ``(batch, num_params)``.
+        ValueError: If there is no family, or the baseline is for other sites; on a call whose
+            encoder output is not ``(batch, num_params)``.
 
     Example:
         >>> from ppvae.families import LogNormal
@@ -60,10 +64,17 @@ class Amortized(OwnedModule):
         *,
         site: str = "z",
         plate: str = "data",
+        baseline: Baseline | None = None,
     ) -> None:
         super().__init__()
         self.families = _by_name(family, site)
+        if baseline is not None and set(baseline.sites) != set(self.families):
+            raise ValueError(
+                f"baseline: expected predictions for the latent sites {list(self.families)}; got "
+                f"{list(baseline.sites)}."
+            )
         self.encoder = encoder
+        self.baseline = baseline
         self.plate = plate
         # Flows have weights of their own, which are trained with the encoder.
         self.trained_families = nn.ModuleList(
@@ -103,9 +114,16 @@ class Amortized(OwnedModule):
         self, x: Tensor | None = None, size: int | None = None
     ) -> Tensor | dict[str, Tensor]:
         """The guide as a Pyro program: draws z for every row, or by site where there are more."""
-        params = self.params(_need_rows(self, x))
+        x = _need_rows(self, x)
+        params, baseline = self.params(x), self.baseline
+        values: dict[str, Tensor] = {}
+        infer = {
+            name: baseline.infer(name, len(family.event_shape), x, values)
+            for name, family in self.families.items()
+            if baseline is not None
+        }
         with pyro.plate(self.plate, params.shape[0], dim=-1):
-            values = _draw(self.families, self.by_site(params))
+            _draw(self.families, self.by_site(params), values, infer)
         return next(iter(values.values())) if len(values) == 1 else values
 
     def __repr__(self) -> str:
@@ -128,10 +146,16 @@ def _described(families: Mapping[str, Family]) -> str:
     return "{" + ", ".join(f"{name!r}: {family!r}" for name, family in families.items()) + "}"
 
 
-def _draw(families: Mapping[str, Family], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
+def _draw(
+    families: Mapping[str, Family],
+    params: Mapping[str, Tensor],
+    values: dict[str, Tensor],
+    infer: Mapping[str, dict[str, Any]],
+) -> dict[str, Tensor]:
+    """Draw the sites one after the other into ``values``, with ``infer`` by site for Pyro."""
     for name, family in families.items():
-        values[name] = pyro.sample(name, family.member(params[name], values))
+        member = family.member(params[name], values)
+        values[name] = pyro.sample(name, member, infer=infer.get(name))
     return values
 
 
@@ -212,7 +236,7 @@ class PerDatapoint(OwnedModule):
         """The guide as a Pyro program: draws the latents of every row, by site."""
         params = self.params(_need_rows(self, x))
         with pyro.plate(self.plate, len(next(iter(params.values()))), dim=-1):
-            return _draw(self.families, params)
+            return _draw(self.families, params, {}, {})
 
     def __repr__(self) -> str:
         parts = [f"{f!r}, {self.table(n)!r}, site={n!r}" for n, f in self.families.items()]

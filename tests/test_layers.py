@@ -29,6 +29,7 @@ ROWS = [
     "families",
     "freeing",
     "models",
+    "baselines",
     "guides",
     "generation",
     "shared",

@@ -39,6 +39,8 @@ PAIRS = {
         3, 2, 2, BlockNormal(6, [(0, 1), (2, 3), (4, 5)])
     ),
     "ppca": pairs.ppca,
+    "sigmoid_belief_network": lambda: pairs.sigmoid_belief_network(6, [3], [8]),
+    "sigmoid_belief_network, two layers": lambda: pairs.sigmoid_belief_network(6, [3, 2], [8]),
     "vae": lambda: pairs.vae(6, 2, [8]),
     "vae, Gaussian network": lambda: pairs.vae(6, 2, [8], Gaussian.network()),
     "vae, Gaussian": lambda: pairs.vae(6, 2, [8], "gaussian"),

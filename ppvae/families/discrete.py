@@ -13,6 +13,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from ppvae.density import LatentSite
+from ppvae.distributions import BernoulliVector
 from ppvae.families.base import BUILT_IN, Family, innermost
 
 # What has no probability to speak of: e⁻¹⁰⁰ is a number in float32 arithmetic of logarithms.
@@ -67,8 +68,9 @@ class Bernoulli(DiscreteFamily):
     _params_per_latent = 1
 
     def _build(self, params: Tensor) -> Any:
-        logits = params.squeeze(-1) if self.latent_dim is None else params
-        return self._event(dist.Bernoulli(logits=logits))
+        if self.latent_dim is None:
+            return dist.Bernoulli(logits=params.squeeze(-1))
+        return BernoulliVector(params)
 
     def params_of(self, member: Any) -> Tensor:
         """λ of a Bernoulli distribution."""
@@ -227,4 +229,4 @@ class Given(Family):
         return f"Given({self.given!r}, {self.num_classes}, {self.base!r})"
 
 
-BUILT_IN.update({dist.Bernoulli: Bernoulli})
+BUILT_IN.update({dist.Bernoulli: Bernoulli, BernoulliVector: Bernoulli})

@@ -8,13 +8,17 @@ import torch
 from pyro import poutine
 from torch import nn
 
+from ppvae.baselines import Baseline
 from ppvae.density import judging, read_model
 from ppvae.families import Family
 from ppvae.guides import Amortized
 
 
 def amortized(
-    model: nn.Module, family: Family | Mapping[str, Family], encoder: nn.Module
+    model: nn.Module,
+    family: Family | Mapping[str, Family],
+    encoder: nn.Module,
+    baseline: Baseline | None = None,
 ) -> Amortized:
     """A guide with this encoder, once its families are known to fit the model's latent sites.
 
@@ -33,4 +37,4 @@ def amortized(
         )
     for name, each in family.items():
         each.check_site(sites[name])
-    return Amortized(family, encoder)
+    return Amortized(family, encoder, baseline=baseline)
