@@ -7,6 +7,7 @@ A model is called with rows, ``model(x)``, to condition on them, or with a numbe
 
 from ppvae.models.exponential_gaussian import ExponentialGaussian
 from ppvae.models.linear_gaussian import PPCA, FactorAnalysis
+from ppvae.models.semisupervised_vae import SemisupervisedVAE
 from ppvae.models.vae import VAE
 
-__all__ = ["PPCA", "VAE", "ExponentialGaussian", "FactorAnalysis"]
+__all__ = ["PPCA", "VAE", "ExponentialGaussian", "FactorAnalysis", "SemisupervisedVAE"]

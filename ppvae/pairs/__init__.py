@@ -4,7 +4,20 @@ Each works with `pyro.infer.SVI` under `Trace_ELBO` and `TraceMeanField_ELBO`, w
 and with `ppvae.fit`.
 """
 
+from ppvae.pairs.semisupervised_vae import (
+    SemisupervisedEncoder,
+    classify,
+    semisupervised_vae,
+)
 from ppvae.pairs.tractable import exponential_gaussian, factor_analysis, ppca
 from ppvae.pairs.vae import vae
 
-__all__ = ["exponential_gaussian", "factor_analysis", "ppca", "vae"]
+__all__ = [
+    "SemisupervisedEncoder",
+    "classify",
+    "exponential_gaussian",
+    "factor_analysis",
+    "ppca",
+    "semisupervised_vae",
+    "vae",
+]
