@@ -25,6 +25,8 @@ Z_DIM, HIDDEN, BATCH, LR = 30, [300], 200, 2e-3
 # A tenth of the rows of the training set are labelled, copies counted: α = 1 is then the paper's.
 SHARE, ALPHA = 0.1, 1.0
 CLASSIFIER_STEPS = 500
+# The pair starts from the labelled rows alone: classes found without them need not be the digits.
+FIRST_STEPS, FIRST_ALPHA = 150, 10.0
 
 
 def draw_labels(labels, per_class, seed):
@@ -63,17 +65,16 @@ def semisupervised(images, labels, seed, seconds):
     known = rows[labels >= 0]
     copies = round(SHARE / (1 - SHARE) * len(rows) / len(known))
     x = torch.cat([rows[labels < 0], known.repeat(copies, 1)])
-    loss = SemisupervisedELBO(alpha=ALPHA)
 
-    def train(steps):
-        began = time.process_time()
-        fit = ppvae.fit(
-            *(model, guide, x), loss=loss, steps=steps, batch_size=BATCH, lr=LR, progress=False
-        )
+    def train(x, steps, alpha):
+        began, loss = time.process_time(), SemisupervisedELBO(alpha=alpha)
+        options = {"batch_size": BATCH, "lr": LR, "seed": steps, "progress": False}
+        fit = ppvae.fit(model, guide, x, loss=loss, steps=steps, **options)
         return fit, time.process_time() - began
 
-    _, spent = train(20)
-    fit, more = train(max(1, int((seconds - spent) / (spent / 20))))
+    _, first = train(known, FIRST_STEPS, FIRST_ALPHA)
+    _, spent = train(x, 20, ALPHA)
+    fit, more = train(x, max(1, int((seconds - first - spent) / (spent / 20))), ALPHA)
     test = model.rows(images.test)
     bound = ppvae.elbo(model, guide, test[:2000], 20)
     # 20 draws a row: the error over rows is what is left.
@@ -84,7 +85,7 @@ def semisupervised(images, labels, seed, seconds):
         "status": fit.status,
         "steps": fit.steps + 20,
         "epochs": (fit.steps + 20) * BATCH / len(x),
-        "cpu_seconds": spent + more,
+        "cpu_seconds": first + spent + more,
     }
 
 
