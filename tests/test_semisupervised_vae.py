@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 from laws import sigmas
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import nn
 
 import ppvae
@@ -305,6 +305,20 @@ def test_classic_svi_and_fit_train_every_parameter_of_the_pair():
         assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("labelled", [0.0, 0.5, 1.0])
+@pytest.mark.fills_store
+def test_the_model_draws_what_it_scores(labelled):
+    model, guide, _ = small(labelled=labelled)
+    trace = pyro.poutine.trace(model).get_trace(size=7)
+    x, y, z = (trace.nodes[name]["value"].detach() for name in ("x", "y", "z"))
+    ours = ppvae.log_joint(model, x, {"y": y, "z": z}).detach()
+    torch.testing.assert_close(ours.sum(), trace.log_prob_sum().detach())
+    new = Predictive(pyro.poutine.uncondition(model), guide=guide, num_samples=3)(x)["x"]
+    assert new.shape == (3, *x.shape)
+    assert torch.equal(new[..., -1], x[:, -1].expand(3, 7))
+    assert not torch.equal(new[0], new[1])
+
+
 def test_a_subsampling_plate_scales_all_terms():
     model, guide, x = small()
 
@@ -468,8 +482,11 @@ def test_ten_labels_a_class_beat_a_classifier_of_those_alone_on_digits():
     labels = few_labels(digits.train_labels, 10)
     model, guide = pairs.semisupervised_vae(64, 8, 10, [100])
     x = model.rows(digits.train, labels)
-    loss = SemisupervisedELBO(alpha=1.5)
-    ppvae.fit(model, guide, x, loss=loss, steps=800, batch_size=100, lr=3e-3, progress=False)
+    for rows, alpha, steps in ((x[labels >= 0], 10.0, 60), (x, 1.5, 150)):
+        loss = SemisupervisedELBO(alpha=alpha)
+        ppvae.fit(
+            *(model, guide, rows), loss=loss, steps=steps, batch_size=100, lr=5e-3, progress=False
+        )
     net = trained_on_labels_alone(MLP(64, [100], 10), digits.train, labels, 200)
     truth = digits.test_labels
     ours = pairs.classify(guide, model.rows(digits.test)).argmax(dim=-1) == truth
