@@ -482,11 +482,9 @@ def test_ten_labels_a_class_beat_a_classifier_of_those_alone_on_digits():
     labels = few_labels(digits.train_labels, 10)
     model, guide = pairs.semisupervised_vae(64, 8, 10, [100])
     x = model.rows(digits.train, labels)
-    for rows, alpha, steps in ((x[labels >= 0], 10.0, 60), (x, 1.5, 150)):
+    for rows, alpha, steps in ((x[labels >= 0], 10.0, 100), (x, 1.5, 300)):
         loss = SemisupervisedELBO(alpha=alpha)
-        ppvae.fit(
-            *(model, guide, rows), loss=loss, steps=steps, batch_size=100, lr=5e-3, progress=False
-        )
+        ppvae.fit(model, guide, rows, loss=loss, steps=steps, lr=5e-3, progress=False)
     net = trained_on_labels_alone(MLP(64, [100], 10), digits.train, labels, 200)
     truth = digits.test_labels
     ours = pairs.classify(guide, model.rows(digits.test)).argmax(dim=-1) == truth
