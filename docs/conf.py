@@ -1,10 +1,12 @@
 """Sphinx configuration: `sphinx-build -W -b html docs docs/_build/html`."""
 
 import os
+import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -110,3 +112,14 @@ if any(EXAMPLES.glob("plot_*.py")) and any((EXAMPLES / name).exists() for name i
     }
 else:
     exclude_patterns.append("auto_examples")
+
+
+# --- The graphs of the models ------------------------------------------------------------------
+
+
+def setup(app: Any) -> None:
+    """Draw the graph of each model before the pages that show them are read."""
+    sys.path.insert(0, str(HERE))
+    from draw_graphs import draw_all
+
+    app.connect("builder-inited", lambda _: draw_all())

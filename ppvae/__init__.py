@@ -13,6 +13,7 @@ from ppvae import (
     diagnostics,
     evidence,
     families,
+    generation,
     guides,
     likelihoods,
     models,
@@ -20,6 +21,7 @@ from ppvae import (
     pairs,
     plots,
 )
+from ppvae.adversarial import AdversarialFit, fit_adversarial
 from ppvae.comparison import compare
 from ppvae.density import log_joint, log_weights
 from ppvae.evidence import Estimate, elbo, iwae, quadrature
@@ -27,6 +29,7 @@ from ppvae.explanation import Explanation, explain
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
 from ppvae.ledger import Comparison
 from ppvae.local import LocalFit, fit_per_datapoint
+from ppvae.reconstruction import fit_autoencoder
 from ppvae.refinement import Refinement, refine
 from ppvae.repairs import RepairCosts, repair_costs
 from ppvae.training import Fit, fit
@@ -34,6 +37,7 @@ from ppvae.training import Fit, fit
 __version__ = version("ppvae")
 
 __all__ = [
+    "AdversarialFit",
     "Amortized",
     "Comparison",
     "Estimate",
@@ -52,7 +56,10 @@ __all__ = [
     "explain",
     "families",
     "fit",
+    "fit_adversarial",
+    "fit_autoencoder",
     "fit_per_datapoint",
+    "generation",
     "guides",
     "iwae",
     "likelihoods",

@@ -38,6 +38,14 @@ _PARTICLES = "ppvae.particles"
 _ELEMENTS = 4_000_000
 
 
+class NoLikelihoodError(ValueError):
+    """A model that has no log p(x) to be conditioned on: it draws rows, or only maps them.
+
+    A model raises it when it is called with rows. The message begins with "no likelihood:" and
+    says what works instead; every function that needs a density passes it on as it is.
+    """
+
+
 @dataclass(frozen=True)
 class LatentSite:
     """What the model says of one local latent variable.
@@ -147,12 +155,7 @@ def read_model(model: Program, x: Tensor) -> ModelSites:
         kind = "observation" if site["is_observed"] else "latent"
         frames = _local_frames(site)
         if not frames:
-            raise ValueError(
-                f"Site {name!r}: a {kind} outside of any plate is shared by all rows, so that "
-                f"log p(x_n) is not defined per row. Put it inside "
-                f'pyro.plate("data", len(x), dim=-1), or make a global latent a parameter of the '
-                f"model (pyro.param)."
-            )
+            raise _shared_by_all(name, kind)
         plates.update({f.name: f for f in frames})
         if float(site["scale"]) != 1:
             scaled.append(name)
@@ -187,11 +190,126 @@ def read_model(model: Program, x: Tensor) -> ModelSites:
     return ModelSites(plate.name, latents, tuple(scaled))
 
 
+def _shared_by_all(name: str, kind: str) -> ValueError:
+    inside = 'put it inside pyro.plate("data", len(x), dim=-1)'
+    if kind == "observation":
+        return ValueError(
+            f"Site {name!r}: an observation outside of any plate is shared by all rows, so that "
+            f"log p(x_n) is not defined per row: {inside}."
+        )
+    return ValueError(
+        f"Site {name!r}: a latent outside of any plate is shared by all rows, as the weights of "
+        f"a Bayesian neural network are. log p(x_n) is then not defined per row, and there is "
+        f"nothing to amortize: one posterior serves all rows. Train such a pair with ppvae.fit or "
+        f"pyro.infer.SVI, whose loss is its figure of merit. To judge what is local, hold the "
+        f"site at a value: make it a parameter of the model (pyro.param), or use model.at(weights) "
+        f"where the model has it (BayesianNeuralNetwork with latent_dim >= 1). If {name!r} belongs "
+        f"to a row, {inside}."
+    )
+
+
+def shared_latents(model: Program, x: Tensor) -> tuple[str, ...]:
+    """The names of the latent sites that all rows share, those outside of any plate.
+
+    For code that provides the contexts of `judging` itself.
+    """
+    return tuple(
+        name
+        for name, site in _sample_sites(_plain_run("model", model, x))
+        if not site["is_observed"] and not _local_frames(site)
+    )
+
+
+def check_shared_pair(model: Program, guide: Program, x: Tensor, num_data: int | None) -> int:
+    """Refuse a pair with shared latents whose loss is not that of all data; give their number.
+
+    With N data and a minibatch of B rows, what is local must weigh N/B and what is shared 1, in
+    the model and in the guide: then the loss is an unbiased estimate of that of all data.
+
+    For code that provides the contexts of `judging` itself.
+
+    Args:
+        model: A model with a latent site outside of any plate.
+        guide: A guide with the same latent sites.
+        x: Rows, ``(batch, *event)``, a minibatch as training uses it.
+        num_data: Number of data N, `None` where it is not known.
+
+    Returns:
+        N.
+
+    Raises:
+        ValueError: If the sites of model and guide differ in name, shape or weight, a site has a
+            plate of another size than ``x`` has rows, nothing is observed, an observation lies
+            outside of its support, or the weights are not those of ``num_data`` data.
+    """
+    of_model = dict(_sample_sites(_plain_run("model", model, x)))
+    latents = {name: site for name, site in of_model.items() if not site["is_observed"]}
+    observed = {name: site for name, site in of_model.items() if site["is_observed"]}
+    if not observed:
+        raise ValueError(
+            f"The model has no site with obs=x; got sites {list(of_model)}. Is the guide in the "
+            f"model's place?"
+        )
+    for name, site in of_model.items():
+        frames = _local_frames(site)
+        if not frames and site["is_observed"]:
+            raise _shared_by_all(name, "observation")
+        if frames and ([f.dim for f in frames] != [-1] or frames[0].size != len(x)):
+            raise ValueError(
+                f"Site {name!r}: expected one plate over the {len(x)} rows, at dim=-1; got "
+                f"{ {f.name: (f.size, f.dim) for f in frames} }, size and dim of each."
+            )
+        if site["is_observed"]:
+            _check_observed(name, site)
+    guided = {
+        name: site
+        for name, site in _sample_sites(_plain_run("guide", guide, x))
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+    }
+    if set(guided) != set(latents):
+        raise ValueError(
+            f"The guide's latent sites must be the model's, {list(latents)}; got {list(guided)}."
+        )
+    for name, site in guided.items():
+        ours, theirs = tuple(site["value"].shape), tuple(latents[name]["value"].shape)
+        if ours != theirs:
+            raise ValueError(
+                f"Site {name!r}: expected latent shape {theirs} as in the model; got {ours} from "
+                f"the guide."
+            )
+    weights = {name: float(site["scale"]) for name, site in of_model.items()}
+    unequal = {
+        name: (weights[name], float(site["scale"]))
+        for name, site in guided.items()
+        if float(site["scale"]) != weights[name]
+    }
+    if unequal:
+        raise ValueError(
+            f"Sites weigh differently in model and guide: {unequal} (model, guide). Give both the "
+            f"same plates, pyro.plate(..., size=N, subsample=...), or both the same num_data=N."
+        )
+    shared = [name for name in latents if not _local_frames(of_model[name])]
+    counts = {round(weights[name] * len(x)) for name in of_model if name not in shared}
+    total = max(counts)
+    if len(counts) > 1 or any(weights[n] != 1 for n in shared) or num_data not in (None, total):
+        expected = "N/B" if num_data is None else f"{num_data}/{len(x)}"
+        raise ValueError(
+            f"All rows share the latents {shared} of the model. In a minibatch what is local must "
+            f"then weigh {expected} and what is shared 1, so that the prior counts once for all "
+            f"data; the weights of the sites are {weights}. Tell the model the number of data, "
+            f"num_data={num_data} (in your own: pyro.plate('data', N, subsample=...)); or train "
+            f"on all rows at once, batch_size={num_data}."
+        )
+    return total
+
+
 def _plain_run(kind: str, program: Program, x: Tensor) -> Trace:
     """Run a program once as its author would, with an error that says what was run."""
     try:
         with torch.no_grad():
             return poutine.trace(program).get_trace(x)
+    except NoLikelihoodError as error:
+        raise NoLikelihoodError(_without_trace(error)) from None
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"The {kind} does not run on x of shape {tuple(x.shape)}, {x.dtype}: "
@@ -204,6 +322,8 @@ def _with_draws(shape: torch.Size) -> Iterator[None]:
     """Name the usual cause where a program runs on rows but not on draws of them."""
     try:
         yield
+    except NoLikelihoodError as error:
+        raise NoLikelihoodError(_without_trace(error)) from None
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"A program that runs on rows does not run on draws for rows, where latents have the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -129,3 +130,164 @@ class TruncatedNormal(TorchDistribution):
             + _log_ndtr(cut)
             - 0.5 * cut * _inverse_mills(cut)
         )
+
+
+class FloatCategorical(dist.Categorical):
+    r"""A categorical distribution whose draws 0, …, K − 1 are floating point, as rows are.
+
+    Args:
+        probs: Class probabilities, ``(*, K)``.
+        logits: Their logarithms, up to a constant, in place of them.
+
+    Example:
+        >>> import torch
+        >>> FloatCategorical(logits=torch.tensor([0.0, -torch.inf])).sample()
+        tensor(0.)
+    """
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws in the dtype of the logits."""
+        classes: Tensor = super().sample(sample_shape)
+        return classes.to(self.logits.dtype)
+
+
+class Poisson(TorchDistribution):
+    r"""Counts of a given log rate: :math:`\log p(x) = x \eta - e^\eta - \log x!`.
+
+    torch's own takes the rate, whose logarithm is lost where it underflows and whose density is
+    not a number where it overflows.
+
+    Args:
+        log_rate: η, any real.
+
+    Example:
+        >>> import torch
+        >>> Poisson(torch.tensor(-200.0)).log_prob(torch.tensor(1.0))
+        tensor(-200.)
+    """
+
+    arg_constraints = {"log_rate": constraints.real}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
+        self.log_rate = log_rate
+        super().__init__(self.log_rate.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Poisson:
+        """A view with a larger batch shape."""
+        new: Poisson = self._get_checked_instance(Poisson, _instance)
+        shape = torch.Size(batch_shape)
+        new.log_rate = self.log_rate.expand(shape)
+        TorchDistribution.__init__(new, shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        """The rate."""
+        return torch.exp(self.log_rate)
+
+    @property
+    def variance(self) -> Tensor:
+        """The rate."""
+        return self.mean
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return value * self.log_rate - self.mean - torch.lgamma(value + 1)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws."""
+        with torch.no_grad():
+            return torch.poisson(self.mean.expand(self._extended_shape(torch.Size(sample_shape))))
+
+
+# From here on the first terms of Stirling's series give log Γ to 1e-14.
+_LARGE = 16.0
+
+
+def _stirling(y: Tensor) -> Tensor:
+    """log Γ(y) − (y − ½) log y + y − ½ log 2π for y of at least `_LARGE`."""
+    w = 1 / (y * y)
+    return (1 / 12 - w * (1 / 360 - w * (1 / 1260 - w / 1680))) / y
+
+
+class NegativeBinomial(TorchDistribution):
+    r"""Counts whose variance exceeds their mean: :math:`\mathrm{Var}\,x = \mu + \alpha \mu^2`.
+
+    A Poisson whose rate is the mean μ times a Gamma variable of mean 1 and variance α. With
+    r = 1/α,
+
+    .. math:: p(x) = \frac{\Gamma(r + x)}{\Gamma(r)\, x!}
+              \left(\frac{r}{r + \mu}\right)^{r} \left(\frac{\mu}{r + \mu}\right)^{x}
+
+    torch's own takes r, and loses its digits where r is large: log Γ(r + x) − log Γ(r) cancels.
+    Here it is the Poisson distribution in the limit α → 0, in single precision too.
+
+    Args:
+        log_mean: log μ, any real.
+        log_dispersion: log α, any real.
+
+    Example:
+        >>> import torch
+        >>> p = NegativeBinomial(torch.tensor(0.0), torch.tensor(0.0))
+        >>> p.log_prob(torch.tensor(0.0))  # μ = α = 1: geometric
+        tensor(-0.6931)
+    """
+
+    arg_constraints = {"log_mean": constraints.real, "log_dispersion": constraints.real}
+    support = constraints.nonnegative_integer
+
+    def __init__(
+        self,
+        log_mean: Tensor | float,
+        log_dispersion: Tensor | float,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.log_mean, self.log_dispersion = broadcast_all(log_mean, log_dispersion)
+        super().__init__(self.log_mean.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> NegativeBinomial:
+        """A view with a larger batch shape."""
+        new: NegativeBinomial = self._get_checked_instance(NegativeBinomial, _instance)
+        shape = torch.Size(batch_shape)
+        new.log_mean = self.log_mean.expand(shape)
+        new.log_dispersion = self.log_dispersion.expand(shape)
+        TorchDistribution.__init__(new, shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        """μ."""
+        return torch.exp(self.log_mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """μ + α μ²."""
+        return self.mean * (1 + torch.exp(self.log_dispersion + self.log_mean))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        r = torch.exp(-self.log_dispersion)
+        # log1p(α μ), also where α μ overflows.
+        spread = torch.nn.functional.softplus(self.log_mean + self.log_dispersion)
+        # log Γ(r + x) − log Γ(r) − x log r, each way with an r for which it is exact and its
+        # derivatives are finite.
+        near, far = r.clamp(max=_LARGE), r.clamp(min=_LARGE)
+        small = torch.lgamma(near + value) - torch.lgamma(near) + value * self.log_dispersion
+        large = (far + value - 0.5) * torch.log1p(value / far) - value
+        large = large + _stirling(far + value) - _stirling(far)
+        rising = torch.where(r < _LARGE, small, large)
+        return value * self.log_mean - torch.lgamma(value + 1) + rising - (r + value) * spread
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws, by way of the Gamma variable."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        with torch.no_grad():
+            r = torch.exp(-self.log_dispersion).expand(shape)
+            return torch.poisson(self.mean * torch.distributions.Gamma(r, r).sample())

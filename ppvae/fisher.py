@@ -27,8 +27,8 @@ _ADAM_STEPS = 200
 _NEAR = 0.5
 # The Fisher matrix costs P² per row: families with more parameters rely on Adam alone.
 _MOST_FISHER = 64
-# Each costs an evaluation of the model at all draws.
-_MOST_CONFIGURATIONS = 256
+# Each costs an evaluation of the model at all draws, or with discrete latents alone a single one.
+_MOST_CONFIGURATIONS, _MOST_IN_TABLE = 256, 2**12
 # Directions of λ with less than this part of the largest information move the distribution not.
 _IDLE = 1e-4
 _ROUND, _ROUNDS = 20, 3
@@ -67,8 +67,10 @@ class LocalElbo:
         if not discrete:
             return self._weigh(x, parts, {}, num_draws, still=still)
         # Discrete latents are summed over, so that what is left is differentiable in λ.
-        table = _values_of(discrete, x)
-        if len(discrete) == len(self.families):
+        alone = len(discrete) == len(self.families)
+        most = _MOST_IN_TABLE if alone and params.dim() == 2 else _MOST_CONFIGURATIONS
+        table = _values_of(discrete, x, most)
+        if alone:
             weight = self._at_all(x, parts, table, still=still)
             return weight.expand(num_draws, len(x))
         total = torch.zeros(()).to(x)
@@ -343,18 +345,20 @@ def _log_prob(
     return torch.stack(torch.broadcast_tensors(*terms)).sum(dim=0)
 
 
-def _values_of(families: Mapping[str, DiscreteFamily], like: Tensor) -> dict[str, Tensor]:
+def _values_of(
+    families: Mapping[str, DiscreteFamily], like: Tensor, most: int
+) -> dict[str, Tensor]:
     """All values of the discrete latents together, by site.
 
     Raises:
         ValueError: If they are too many to sum over.
     """
     count = math.prod(family.num_classes**family.size for family in families.values())
-    if count > _MOST_CONFIGURATIONS:
+    if count > most:
         raise ValueError(
-            f"The discrete latents of sites {list(families)} have {count} values together; a sum "
-            f"over them beside other latents is limited to {_MOST_CONFIGURATIONS}. Models whose "
-            f"latents are all discrete have no such limit in fit_per_datapoint and compare."
+            f"The discrete latents of sites {list(families)} have {count:.3g} values together; "
+            f"this sum over them is limited to {most}. Models whose latents are all discrete have "
+            f"no such limit in fit_per_datapoint and compare."
         )
     sites = [LatentSite(n, f.event_shape, f.support, repr(f)) for n, f in families.items()]
     return configurations(sites, like)

@@ -167,13 +167,15 @@ def fit_per_datapoint(
         parts = []
         with unvalidated():  # A row that strays must not stop the others.
             for rows in row_chunks(x, elbo.num_draws):
-                starts = [*_best(elbo, x[rows], [start[rows] for start in warm]), cold[rows]]
-                parts.append(_fit_rows(elbo, sites, x[rows], starts, max_steps, tolerance))
+                begins = [start[rows] for start in warm]
+                if not all_discrete(families):  # Where sweeps cost little, each start has its own.
+                    begins = _best(elbo, x[rows], begins)
+                starts = [*begins, cold[rows]]
+                *end, winner, gained = _fit_rows(elbo, sites, x[rows], starts, max_steps, tolerance)
+                parts.append((*end, (winner - len(begins) + 1).clamp(min=0), gained))
         params, gain, noise, steps, start, restart = (
             torch.cat(column) for column in zip(*parts, strict=True)
         )
-        if not freed:
-            start = start + 1  # There was no start at a guide's output.
         fill_tables(guide, params)
     seconds = seconds_now(x.device) - began
     with judging(seed + 1, x, model, guide), torch.no_grad():

@@ -5,7 +5,9 @@ Every network accepts leading dimensions (Monte Carlo draws) before the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,212 @@ class MLP(nn.Module):
         sizes = " -> ".join(map(str, self.sizes))
         linear = len(self.sizes) == 2
         return f"MLP({sizes}, {'linear' if linear else self.activation.__name__})"
+
+
+def _halved(image_shape: Sequence[int], channels: Sequence[int]) -> tuple[int, int]:
+    """Height and width after one halving for each of the layers."""
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(
+            f"image_shape: expected (channels, height, width), each at least 1; got "
+            f"{tuple(image_shape)}. A grey image of 28 x 28 pixels has the shape (1, 28, 28)."
+        )
+    if not channels or min(channels) < 1:
+        raise ValueError(
+            f"channels: expected the positive width of each layer, at least one; got "
+            f"{tuple(channels)}. A network without such layers is an MLP."
+        )
+    factor = 2 ** len(channels)
+    _, height, width = image_shape
+    if height % factor or width % factor:
+        raise ValueError(
+            f"image_shape: {len(channels)} layers of stride 2 need a height and a width that are "
+            f"multiples of {factor} ({factor}, {2 * factor}, {3 * factor}, …); got {height} x "
+            f"{width}. Pad the images to {-(-height // factor) * factor} x "
+            f"{-(-width // factor) * factor}, or give fewer channels."
+        )
+    return height // factor, width // factor
+
+
+class ConvEncoder(nn.Module):
+    r"""Convolutions of stride 2 and then an `MLP`: an encoder for images.
+
+    Each layer halves height and width with windows of 4 x 4 pixels.
+
+    Args:
+        image_shape: Channels C, height H and width W of an image; H and W are multiples of
+            ``2 ** len(channels)``.
+        out_features: Size of an output row.
+        channels: Number of channels after each of the convolutions.
+        hidden: Widths of the hidden layers of the `MLP` behind them.
+        activation: Class of the activation between layers.
+
+    Shapes:
+        ``(*, C * H * W)``, an image being flattened row by row and channel by channel, to
+        ``(*, out_features)``; any number of leading dimensions.
+
+    Raises:
+        ValueError: If the image cannot be halved so often; on a call with rows of another size.
+
+    Example:
+        >>> import torch
+        >>> net = ConvEncoder((1, 28, 28), 40, hidden=[64])
+        >>> net
+        ConvEncoder(1 x 28 x 28 -> 16 x 14 x 14 -> 32 x 7 x 7 -> 64 -> 40, ELU)
+        >>> net(torch.zeros(5, 3, 784)).shape
+        torch.Size([5, 3, 40])
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        out_features: int,
+        channels: Sequence[int] = (16, 32),
+        hidden: Sequence[int] = (),
+        activation: type[nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__()
+        height, width = _halved(image_shape, channels)
+        self.image_shape = tuple(image_shape)
+        self.channels = tuple(channels)
+        self.activation = activation
+        layers: list[nn.Module] = []
+        for before, after in pairwise((image_shape[0], *channels)):
+            layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), activation()]
+        self.layers = nn.Sequential(*layers)
+        self.dense = MLP(channels[-1] * height * width, hidden, out_features, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map flat images to rows of size `out_features`."""
+        size = math.prod(self.image_shape)
+        if x.dim() == 0 or x.shape[-1] != size:
+            raise ValueError(
+                f"Expected flat images of {size} = {_times(self.image_shape)} values, shape "
+                f"(*, {size}); got {tuple(x.shape)}. Flatten the images, or build the ConvEncoder "
+                f"for that image_shape."
+            )
+        leading = x.shape[:-1]
+        images = self.layers(x.reshape(leading.numel(), *self.image_shape))
+        out: Tensor = self.dense(images.reshape(*leading, self.dense.sizes[0]))
+        return out
+
+    def __repr__(self) -> str:
+        steps = _steps(self.image_shape, self.channels)
+        sizes = " -> ".join([*steps, *map(str, self.dense.sizes[1:])])
+        return f"ConvEncoder({sizes}, {self.activation.__name__})"
+
+
+class ConvDecoder(nn.Module):
+    r"""An `MLP` and then transposed convolutions of stride 2: a decoder to images.
+
+    The mirror image of `ConvEncoder`: each layer doubles height and width.
+
+    Args:
+        in_features: Size of an input row.
+        image_shape: Channels C, height H and width W of an image; H and W are multiples of
+            ``2 ** len(channels)``.
+        outputs_per_pixel: Numbers P for each channel of each pixel, such as 2 for a mean and a
+            log variance, or K for the logits of K categories.
+        channels: Number of channels before each of the transposed convolutions.
+        hidden: Widths of the hidden layers of the `MLP` before them.
+        activation: Class of the activation between layers.
+
+    Shapes:
+        ``(*, in_features)`` to ``(*, P * C * H * W)``: P flat images one after the other, the
+        order in which `ppvae.likelihoods` take them. Any number of leading dimensions.
+
+    Raises:
+        ValueError: If the image is not made by so many doublings.
+
+    Example:
+        >>> import torch
+        >>> net = ConvDecoder(8, (1, 28, 28), outputs_per_pixel=2, hidden=[64])
+        >>> net
+        ConvDecoder(8 -> 64 -> 32 x 7 x 7 -> 16 x 14 x 14 -> 2 x 28 x 28, ELU)
+        >>> net(torch.zeros(5, 3, 8)).shape
+        torch.Size([5, 3, 1568])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        image_shape: Sequence[int],
+        outputs_per_pixel: int = 1,
+        channels: Sequence[int] = (32, 16),
+        hidden: Sequence[int] = (),
+        activation: type[nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__()
+        height, width = _halved(image_shape, channels)
+        if outputs_per_pixel < 1:
+            raise ValueError(f"outputs_per_pixel must be at least 1; got {outputs_per_pixel}.")
+        self.image_shape = tuple(image_shape)
+        self.outputs_per_pixel = outputs_per_pixel
+        self.channels = tuple(channels)
+        self.activation = activation
+        self.start = (channels[0], height, width)
+        self.dense = MLP(in_features, hidden, math.prod(self.start), activation)
+        layers: list[nn.Module] = []
+        for before, after in pairwise((*channels, outputs_per_pixel * image_shape[0])):
+            layers += [
+                activation(),
+                nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1),
+            ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map rows of size `in_features` to flat images."""
+        start = self.dense(z)
+        leading = start.shape[:-1]
+        images = self.layers(start.reshape(leading.numel(), *self.start))
+        size = self.outputs_per_pixel * math.prod(self.image_shape)
+        out: Tensor = images.reshape(*leading, size)
+        return out
+
+    def __repr__(self) -> str:
+        colours, height, width = self.image_shape
+        shape = (self.outputs_per_pixel * colours, height, width)
+        steps = _steps(shape, self.channels[::-1])[::-1]
+        sizes = " -> ".join([*map(str, self.dense.sizes[:-1]), *steps])
+        return f"ConvDecoder({sizes}, {self.activation.__name__})"
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _steps(image_shape: Sequence[int], channels: Sequence[int]) -> list[str]:
+    """The shapes of an image on its way through the convolutions."""
+    _, height, width = image_shape
+    halves = [(c, height >> i, width >> i) for i, c in enumerate(channels, start=1)]
+    return [_times(shape) for shape in (image_shape, *halves)]
+
+
+class LogCounts(nn.Module):
+    """A network that reads log(1 + x) for counts x, so that a few large ones do not rule it.
+
+    Args:
+        network: What reads the logarithms.
+
+    Example:
+        >>> import torch
+        >>> net = LogCounts(MLP(20, [64], 4))
+        >>> net
+        LogCounts(MLP(20 -> 64 -> 4, ELU))
+        >>> net(torch.full((5, 20), 1e6)).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's output for log(1 + x)."""
+        out: Tensor = self.network(torch.log1p(x))
+        return out
+
+    def __repr__(self) -> str:
+        return f"LogCounts({self.network!r})"
 
 
 class MLPByClass(nn.Module):

@@ -14,7 +14,7 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ppvae.density import Program, check_pair, read_model
+from ppvae.density import Program, check_pair, check_shared_pair, read_model, shared_latents
 from ppvae.guides import Amortized, PerDatapoint
 from ppvae.isolation import (
     check_rows,
@@ -113,6 +113,10 @@ def fit(
     and an Adam step on the parameters of model and guide. Rows come in a fresh random order in
     every pass.
 
+    A model may have latents that all rows share, such as the weights of a Bayesian neural
+    network. Its rows in a minibatch then have to stand for all N data (``pyro.plate("data", N,
+    subsample=...)``, or ``num_data`` of the models of this package), and the loss is divided by N.
+
     The modules are trained in place and left on ``device``. Pyro's parameter store is left as it
     was, except that bare ``pyro.param`` statements of hand-written functions keep their values
     there, as they have no other home. The caller's random generators are left as they were.
@@ -167,9 +171,13 @@ def fit(
         first, rows = next(batches)
         # In eval mode: reading the pair must not move the running statistics of batch norm.
         with _on_rows(guide, rows), evaluation_mode(model, guide):
-            check_pair(model, guide, first)
-            _check_families(model, guide, first)
-        run = _Run(model, guide, loss, lr)
+            num_data = None
+            if shared_latents(model, first):
+                num_data = check_shared_pair(model, guide, first, _count(x))
+            else:
+                check_pair(model, guide, first)
+                _check_families(model, guide, first)
+        run = _Run(model, guide, loss, lr, num_data)
         status, completed = run.train(_chain(first, rows, batches), steps, progress)
     return Fit(
         losses=torch.tensor(run.losses),
@@ -184,6 +192,12 @@ def fit(
 def _chain(first: Tensor, rows: Tensor | None, rest: _Batches) -> _Batches:
     yield first, rows
     yield from rest
+
+
+def _count(x: Any) -> int | None:
+    """The number of data, where it is known."""
+    data = x.dataset if isinstance(x, DataLoader) else x
+    return len(data) if hasattr(data, "__len__") else None
 
 
 def _check_families(model: Program, guide: Program, x: Tensor) -> None:
@@ -255,8 +269,12 @@ def _loader_batches(
 class _Run:
     """The state of a training run."""
 
-    def __init__(self, model: Program, guide: Program, loss: ELBO, lr: float) -> None:
+    def __init__(
+        self, model: Program, guide: Program, loss: ELBO, lr: float, num_data: int | None
+    ) -> None:
         self.model, self.guide, self.loss, self.lr = model, guide, loss, lr
+        # With latents that all rows share a minibatch's loss is an estimate of all data's.
+        self.num_data = num_data
         self.losses: list[float] = []
         self.params: list[Tensor] = []
         self.optimizers: list[Callable[[Tensor | None], Any]] = []
@@ -328,10 +346,11 @@ class _Run:
         """One step; `None`, and nothing changed, if its loss or gradient is not finite."""
         for param in self.params:
             param.grad = None
+        count = len(x) if self.num_data is None else self.num_data
         with _on_rows(self.guide, rows):
             if not self.params:
                 self._collect(x)
-            total = self.loss.loss_and_grads(self.model, self.guide, x) / len(x)
+            total = self.loss.loss_and_grads(self.model, self.guide, x) / count
         gradients = [p.grad for p in self.params if p.grad is not None]
         if not gradients:
             raise ValueError("Nothing to train: no parameter of model or guide has a gradient.")
@@ -343,7 +362,7 @@ class _Run:
             self.good = self._state()
             self.kept = len(self.losses)
         self.losses.append(float(total))
-        torch._foreach_div_(gradients, float(len(x)))
+        torch._foreach_div_(gradients, float(count))
         for update in self.optimizers:
             update(rows)
         return float(total)

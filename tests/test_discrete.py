@@ -235,6 +235,27 @@ def test_refine_sweeps_over_discrete_latents(causes):
         ppvae.refine(many, wide, torch.zeros(2, 20))
 
 
+def test_several_guides_of_many_units_share_a_ledger(device):
+    """Nine units have 512 values: listed for q*, and for what a refinement measures."""
+    weights = torch.randn(9, 5, dtype=torch.float64, device=device)
+    x = torch.randn(4, 5, dtype=torch.float64, device=device)
+    model = binary_factors(weights)
+    guides = {name: Amortized(Bernoulli(9), MLP(5, [], 9)).to(x) for name in ("one", "other")}
+    comparison = ppvae.compare(model, guides, x)
+    gaps = comparison.dataset["amortization_gap"].sel(guide=["one", "other"])
+    stderr = comparison.dataset["amortization_gap_stderr"].sel(guide=["one", "other"])
+    z, log_p = exact_table(weights, x)
+    with torch.no_grad():
+        own = [exact_elbo(Bernoulli(9), g.params(x), z, log_p) for g in guides.values()]
+    exact = best_mean_field(weights, x) - torch.stack(own)
+    off = (torch.as_tensor(gaps.transpose("guide", "data").values).to(x) - exact).abs()
+    error = torch.as_tensor(stderr.transpose("guide", "data").values).to(x)
+    assert float((off / (error + 1e-6)).max()) < 5
+    refined = ppvae.refine(model, guides["one"], x)
+    after = exact_elbo(Bernoulli(9), refined.guide.params(x)["z"].detach(), z, log_p)
+    torch.testing.assert_close(refined.gain, after - own[0], rtol=1e-6, atol=1e-6)
+
+
 def test_an_encoder_of_binary_latents_trains_by_score_function(causes):
     weights, _ = causes
     weights = weights.float()

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 import ppvae
-from ppvae import pairs, plots
+from ppvae import generation, pairs, plots
 from ppvae.explanation import PARTS
 from ppvae.families import Gamma, LogNormal
 from ppvae.isolation import forked_rng, private_store
+from ppvae.likelihoods import Categorical
 
 ROWS = [1.5, 0.0, 3.0, -1.0, 6.0]
 
@@ -514,6 +515,47 @@ def test_the_latent_grid_decodes_the_quantiles_of_the_prior(vae: SimpleNamespace
             torch.testing.assert_close(drawn[row, column], vae.model.decode(z), atol=1e-5, rtol=0)
 
 
+def test_an_interpolation_is_a_row_from_one_mean_to_the_other(vae: SimpleNamespace) -> None:
+    ax = plots.interpolation(
+        vae.model, vae.guide, vae.x[:2], vae.x[2:4], vae.shape, steps=5, ax=axes()
+    )
+    drawn = tiles(ax, vae.shape, 5).float().reshape(2, 5, -1)
+    means = generation.posterior_means(vae.model, vae.guide, vae.x[:4])
+    for row in range(2):
+        for column in range(5):
+            z = means[row] + column / 4 * (means[row + 2] - means[row])
+            torch.testing.assert_close(drawn[row, column], vae.model.decode(z), atol=1e-5, rtol=0)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.5", "1"]
+
+
+def test_a_traversal_has_a_row_for_each_coordinate(vae: SimpleNamespace) -> None:
+    z, values = torch.tensor([0.3, -0.7]), [-2.0, 0.5, 1.5]
+    ax = plots.traversals(vae.model, z, vae.shape, values=values, ax=axes())
+    drawn = tiles(ax, vae.shape, 3).float().reshape(2, 3, -1)
+    for column, value in enumerate(values):
+        first, second = torch.tensor([value, -0.7]), torch.tensor([0.3, value])
+        torch.testing.assert_close(drawn[0, column], vae.model.decode(first), atol=1e-5, rtol=0)
+        torch.testing.assert_close(drawn[1, column], vae.model.decode(second), atol=1e-5, rtol=0)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["-2", "0.5", "1.5"]
+    other = plots.traversals(vae.model, z, vae.shape, dimensions=[1], values=values, ax=axes())
+    torch.testing.assert_close(tiles(other, vae.shape, 3).float(), drawn[1])
+    with pytest.raises(ValueError, match=r"latent of one datum, shape \(2,\); got \(1, 2\)"):
+        plots.traversals(vae.model, z[None], vae.shape)
+    with pytest.raises(ValueError, match="at least one coordinate"):
+        plots.traversals(vae.model, z, vae.shape, dimensions=[])
+
+
+def test_categories_have_no_grey() -> None:
+    model, guide = pairs.vae(12, 2, [4], Categorical(3))
+    for draw in (
+        lambda: plots.samples(model, (3, 4)),
+        lambda: plots.reconstructions(model, guide, torch.zeros(2, 12), (3, 4)),
+        lambda: plots.traversals(model, torch.zeros(2), (3, 4)),
+    ):
+        with pytest.raises(ValueError, match=r"3 probabilities each.*\[\.\.\., k\]"):
+            draw()
+
+
 def test_latent_figures_need_two_dimensions() -> None:
     model, guide = pairs.vae(x_dim=12, z_dim=3, hidden=[4])
     x = torch.zeros(2, 12)
@@ -529,6 +571,8 @@ def test_images_need_their_height_and_width(vae: SimpleNamespace, shape: tuple[i
         lambda: plots.samples(vae.model, shape),
         lambda: plots.reconstructions(vae.model, vae.guide, vae.x, shape),
         lambda: plots.latent_grid(vae.model, shape),
+        lambda: plots.interpolation(vae.model, vae.guide, vae.x, vae.x, shape),
+        lambda: plots.traversals(vae.model, torch.zeros(2), shape),
     ):
         with pytest.raises(ValueError, match="height and width of an image of 12 pixels"):
             draw()
@@ -557,6 +601,10 @@ EVERY: dict[str, Callable[[SimpleNamespace, SimpleNamespace, Any], Any]] = {
     "reconstructions": lambda t, v, ax: plots.reconstructions(
         v.model, v.guide, v.x, v.shape, ax=ax
     ),
+    "interpolation": lambda t, v, ax: plots.interpolation(
+        v.model, v.guide, v.x[:3], v.x[3:6], v.shape, ax=ax
+    ),
+    "traversals": lambda t, v, ax: plots.traversals(v.model, torch.zeros(2), v.shape, ax=ax),
     "latent_scatter": lambda t, v, ax: plots.latent_scatter(v.guide, v.x, v.labels, ax=ax),
     "latent_grid": lambda t, v, ax: plots.latent_grid(v.model, v.shape, ax=ax),
 }

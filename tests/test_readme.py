@@ -12,8 +12,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     "README.md",
     *(
-        f"docs/{page.name}"
-        for page in sorted((ROOT / "docs").glob("*.md"))
+        str(page.relative_to(ROOT))
+        for folder in ("docs", "docs/models")
+        for page in sorted((ROOT / folder).glob("*.md"))
         if "```python" in page.read_text(encoding="utf-8")
     ),
 ]

@@ -69,10 +69,12 @@ class VAE(OwnedModule):
             return pyro.sample("x", self.likelihood.distribution(self.decoder(z)), obs=x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The mean of x given z, ``(*, x_dim)``, without gradient."""
+        """The mean of x given z, ``(*, x_dim)``, without gradient.
+
+        With a `Categorical` likelihood the probabilities of the categories, ``(*, x_dim, K)``.
+        """
         with torch.no_grad():
-            mean: Tensor = self.likelihood.distribution(self.decoder(z)).mean
-        return mean
+            return self.likelihood.mean(self.decoder(z))
 
     def __repr__(self) -> str:
         return (

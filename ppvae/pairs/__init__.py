@@ -4,6 +4,7 @@ Each works with `pyro.infer.SVI` under `Trace_ELBO` and `TraceMeanField_ELBO`, w
 and with `ppvae.fit`.
 """
 
+from ppvae.pairs.bayesian_neural_network import bayesian_neural_network, latent_input_network
 from ppvae.pairs.semisupervised_vae import (
     SemisupervisedEncoder,
     classify,
@@ -14,9 +15,11 @@ from ppvae.pairs.vae import vae
 
 __all__ = [
     "SemisupervisedEncoder",
+    "bayesian_neural_network",
     "classify",
     "exponential_gaussian",
     "factor_analysis",
+    "latent_input_network",
     "ppca",
     "semisupervised_vae",
     "vae",

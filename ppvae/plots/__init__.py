@@ -7,7 +7,14 @@ are.
 """
 
 from ppvae.plots.gaps import gap_against, gap_bars, gap_sorted
-from ppvae.plots.images import latent_grid, latent_scatter, reconstructions, samples
+from ppvae.plots.images import (
+    interpolation,
+    latent_grid,
+    latent_scatter,
+    reconstructions,
+    samples,
+    traversals,
+)
 from ppvae.plots.mending import explanation, refinement, repair_costs
 from ppvae.plots.toy import toy_posterior
 
@@ -16,6 +23,7 @@ __all__ = [
     "gap_against",
     "gap_bars",
     "gap_sorted",
+    "interpolation",
     "latent_grid",
     "latent_scatter",
     "reconstructions",
@@ -23,4 +31,5 @@ __all__ = [
     "repair_costs",
     "samples",
     "toy_posterior",
+    "traversals",
 ]

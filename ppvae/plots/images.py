@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae.density import judging
+from ppvae.density import Program, judging
+from ppvae.generation import interpolate, traverse
 from ppvae.guides import Amortized
 from ppvae.isolation import check_rows
-from ppvae.models import VAE
+from ppvae.models import VAE, Autoencoder, ImplicitModel
 from ppvae.plots.style import BLUE, MANY, axes_or_new, styled
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def samples(
-    model: VAE,
+    model: VAE | ImplicitModel,
     event_shape: Sequence[int],
     *,
     rows: int = 6,
@@ -32,7 +33,7 @@ def samples(
     """Means of x for draws of z from the prior, as a sheet of images.
 
     Args:
-        model: A trained model.
+        model: A trained model; of an `ImplicitModel` the images are draws of x itself.
         event_shape: Height and width of an image.
         rows: Number of images in a column of the sheet.
         columns: Number of images in a row of the sheet.
@@ -41,7 +42,8 @@ def samples(
             nearer of the two.
 
     Raises:
-        ValueError: If ``event_shape`` is not that of the model's rows.
+        ValueError: If ``event_shape`` is not that of the model's rows, or the model has no prior
+            to draw from, as an `Autoencoder`.
 
     Example:
         >>> import ppvae
@@ -50,6 +52,7 @@ def samples(
         >>> ax.get_title()
         'means of x for draws of z from the prior'
     """
+    _need_prior(model, "samples")
     shape = _image_shape(event_shape, model.x_dim)
     if rows < 1 or columns < 1:
         raise ValueError(f"rows and columns must be at least 1; got {rows} and {columns}.")
@@ -57,13 +60,14 @@ def samples(
     with judging(seed, like, model):
         images = model.decode(torch.randn(rows * columns, model.z_dim).to(like))
     ax = _sheet(axes_or_new(ax, 0.5 * columns, 0.5 * rows + 0.3), images, shape, columns)
-    ax.set_title("means of x for draws of z from the prior", fontsize="medium")
+    what = "draws of x" if isinstance(model, ImplicitModel) else "means of x"
+    ax.set_title(f"{what} for draws of z from the prior", fontsize="medium")
     return ax
 
 
 def reconstructions(
-    model: VAE,
-    guide: Amortized,
+    model: VAE | Autoencoder,
+    guide: Amortized | None,
     x: Tensor,
     event_shape: Sequence[int],
     *,
@@ -72,15 +76,15 @@ def reconstructions(
     """Images above their reconstructions: the mean of x at the mean of q(z | x).
 
     Args:
-        model: A trained model.
-        guide: Its guide.
+        model: A trained model; an `Autoencoder` reconstructs from its code.
+        guide: Its guide; `None` for an `Autoencoder`, which has none.
         x: The images, ``(batch, x_dim)``; a column for each.
         event_shape: Height and width of an image.
         ax: Where to draw; a new figure if left out. Pixels outside of [0, 1] are drawn as the
             nearer of the two.
 
     Raises:
-        ValueError: If the rows are unfit, or ``event_shape`` is not theirs.
+        ValueError: If the rows are unfit, ``event_shape`` is not theirs, or the guide is missing.
 
     Example:
         >>> import torch, ppvae
@@ -91,8 +95,20 @@ def reconstructions(
     """
     check_rows(x, model, guide)
     shape = _image_shape(event_shape, x[0].numel())
+    if isinstance(model, ImplicitModel):
+        raise ValueError(
+            "reconstructions: an ImplicitModel has no posterior over z to reconstruct from. Use "
+            "ppvae.plots.samples."
+        )
+    if (guide is None) != isinstance(model, Autoencoder):
+        raise ValueError(
+            f"reconstructions: expected a guide, or None with an Autoencoder alone; got "
+            f"{type(guide).__name__} with {type(model).__name__}."
+        )
     with judging(0, x, model, guide), torch.no_grad():
-        means = model.decode(_posterior_means(guide, x))
+        z = model.code(x) if guide is None else _posterior_means(guide, x)
+        means = model.decode(z)
+    _check_grey(means)
     both = torch.cat([x, means])
     ax = _sheet(axes_or_new(ax, 0.5 * len(x) + 1, 1.4), both, shape, len(x))
     ax.set_yticks([0.5 * shape[0], 1.5 * shape[0] + 1], ["image", "reconstruction"])
@@ -159,7 +175,11 @@ def latent_scatter(
 
 
 def latent_grid(
-    model: VAE, event_shape: Sequence[int], *, size: int = 11, ax: Axes | None = None
+    model: VAE | ImplicitModel,
+    event_shape: Sequence[int],
+    *,
+    size: int = 11,
+    ax: Axes | None = None,
 ) -> Axes:
     r"""Means of x over a grid of a two-dimensional latent, spaced evenly in the prior.
 
@@ -175,8 +195,8 @@ def latent_grid(
             nearer of the two.
 
     Raises:
-        ValueError: If the latent is not two-dimensional, or ``event_shape`` is not that of the
-            model's rows.
+        ValueError: If the latent is not two-dimensional, ``event_shape`` is not that of the
+            model's rows, or the model has no prior, as an `Autoencoder`.
 
     Example:
         >>> import ppvae
@@ -185,6 +205,7 @@ def latent_grid(
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('$z_1$', '$z_2$')
     """
+    _need_prior(model, "latent_grid")
     if model.z_dim != 2:
         raise ValueError(
             f"latent_grid draws a two-dimensional latent; the model has z_dim={model.z_dim}. "
@@ -210,7 +231,116 @@ def latent_grid(
     return ax
 
 
-def _like(model: VAE) -> Tensor:
+def interpolation(
+    model: VAE,
+    guide: Program,
+    x_from: Tensor,
+    x_to: Tensor,
+    event_shape: Sequence[int],
+    *,
+    steps: int = 9,
+    ax: Axes | None = None,
+) -> Axes:
+    """Means of x on the straight line between two posterior means, a line to a row of the sheet.
+
+    Args:
+        model: A trained model.
+        guide: Its guide.
+        x_from: The images at which the lines begin, ``(batch, x_dim)``.
+        x_to: The images at which they end, as many.
+        event_shape: Height and width of an image.
+        steps: Number of images on a line, both ends among them.
+        ax: Where to draw; a new figure if left out. Pixels outside of [0, 1] are drawn as the
+            nearer of the two.
+
+    Raises:
+        ValueError: As `ppvae.generation.interpolate`; and if ``event_shape`` is not that of the
+            rows.
+
+    Example:
+        >>> import torch, ppvae
+        >>> model, guide = ppvae.pairs.vae(x_dim=64, z_dim=8, hidden=[16])
+        >>> ax = interpolation(model, guide, torch.zeros(2, 64), torch.ones(2, 64), (8, 8))
+        >>> ax.get_xlabel()
+        'share of the way from one posterior mean to the other'
+    """
+    shape = _image_shape(event_shape, model.x_dim)
+    images = interpolate(model, guide, x_from, x_to, steps).transpose(0, 1).flatten(0, 1)
+    ax = _sheet(axes_or_new(ax, 0.5 * steps, 0.5 * len(x_from) + 0.4), images, shape, steps)
+    middle = [(steps - 1) // 2] if steps % 2 else []
+    _name_columns(ax, shape, {i: f"{i / (steps - 1):g}" for i in [0, *middle, steps - 1]})
+    ax.set_xlabel("share of the way from one posterior mean to the other")
+    return ax
+
+
+def traversals(
+    model: VAE,
+    z: Tensor,
+    event_shape: Sequence[int],
+    *,
+    dimensions: Sequence[int] | None = None,
+    values: Sequence[float] = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0),
+    ax: Axes | None = None,
+) -> Axes:
+    """Means of x as one coordinate of z changes and the others are held, a coordinate to a row.
+
+    A coordinate that the model does not use gives a row of equal images.
+
+    Args:
+        model: A trained model.
+        z: The latent of one datum, ``(z_dim,)``, such as zeros or a posterior mean.
+        event_shape: Height and width of an image.
+        dimensions: Which coordinates, from 0 to ``z_dim - 1``; all if left out. The label
+            :math:`z_1` is that of coordinate 0.
+        values: What the coordinate is set to.
+        ax: Where to draw; a new figure if left out. Pixels outside of [0, 1] are drawn as the
+            nearer of the two.
+
+    Raises:
+        ValueError: As `ppvae.generation.traverse`; and if ``z`` is not of one datum, no dimension
+            is named, or ``event_shape`` is not that of the model's rows.
+
+    Example:
+        >>> import torch, ppvae
+        >>> model, _ = ppvae.pairs.vae(x_dim=64, z_dim=8, hidden=[16])
+        >>> ax = traversals(model, torch.zeros(8), (8, 8), dimensions=[0, 5])
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['$z_{1}$', '$z_{6}$']
+    """
+    shape = _image_shape(event_shape, model.x_dim)
+    if z.dim() != 1:
+        raise ValueError(
+            f"z: expected the latent of one datum, shape ({model.z_dim},); got {tuple(z.shape)}."
+        )
+    chosen = range(model.z_dim) if dimensions is None else dimensions
+    if len(chosen) == 0:
+        raise ValueError("dimensions: expected at least one coordinate of z; got none.")
+    images = torch.cat([traverse(model, z, dimension, values) for dimension in chosen])
+    count = len(values)
+    ax = _sheet(axes_or_new(ax, 0.5 * count + 0.5, 0.5 * len(chosen) + 0.4), images, shape, count)
+    _name_columns(ax, shape, {i: f"{value:g}" for i, value in enumerate(values)})
+    middles = [i * (shape[0] + 1) + 0.5 * shape[0] for i in range(len(chosen))]
+    ax.set_yticks(middles, [f"$z_{{{dimension + 1}}}$" for dimension in chosen])
+    ax.tick_params(length=0)
+    ax.set_xlabel("value of the coordinate")
+    return ax
+
+
+def _name_columns(ax: Axes, shape: tuple[int, int], names: Mapping[int, str]) -> None:
+    """Label columns of a sheet under their middles."""
+    middles = [column * (shape[1] + 1) + 0.5 * shape[1] for column in names]
+    ax.set_xticks(middles, list(names.values()))
+
+
+def _need_prior(model: Any, name: str) -> None:
+    if isinstance(model, Autoencoder):
+        raise ValueError(
+            f"{name}: an Autoencoder has no prior over its code to draw from. Use "
+            f"ppvae.plots.reconstructions(model, None, x, event_shape), or a VAE."
+        )
+
+
+def _like(model: VAE | ImplicitModel) -> Tensor:
     """A tensor of the model's dtype and device."""
     return next((p.detach() for p in model.parameters()), torch.zeros(()))
 
@@ -229,8 +359,17 @@ def _image_shape(event_shape: Sequence[int], x_dim: int) -> tuple[int, int]:
     return int(event_shape[0]), int(event_shape[1])
 
 
+def _check_grey(means: Tensor) -> None:
+    if means.dim() != 2:
+        raise ValueError(
+            f"The pixels of this model are categories, with {means.shape[-1]} probabilities each "
+            f"and no mean to draw as grey. Draw those of one category, model.decode(z)[..., k]."
+        )
+
+
 def _sheet(ax: Axes, images: Tensor, shape: tuple[int, int], columns: int) -> Axes:
     """Draw images side by side, ``columns`` to a row, with a line of one pixel between them."""
+    _check_grey(images)
     height, width = shape
     rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
