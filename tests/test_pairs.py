@@ -26,7 +26,6 @@ PAIRS = {
     "latent_input_network, linear": lambda: pairs.latent_input_network(1, 2, 1, ()),
     "ppca": pairs.ppca,
     "semisupervised_vae": lambda: pairs.semisupervised_vae(6, 2, 3, [8]),
-    "semisupervised_vae, labelled": lambda: pairs.semisupervised_vae(6, 2, 3, [8], labelled=1),
     "semisupervised_vae, unlabelled": lambda: pairs.semisupervised_vae(6, 2, 3, [8], labelled=0),
     "semisupervised_vae, Gaussian": lambda: pairs.semisupervised_vae(6, 2, 3, [8], "gaussian"),
     "vae": lambda: pairs.vae(6, 2, [8]),
