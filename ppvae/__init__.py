@@ -19,13 +19,16 @@ from ppvae import (
     likelihoods,
     models,
     nn,
+    objectives,
     pairs,
     plots,
 )
 from ppvae.adversarial import AdversarialFit, fit_adversarial
+from ppvae.alternating import Alternation, fit_alternating
+from ppvae.classification import classify
 from ppvae.comparison import compare
 from ppvae.density import log_joint, log_weights
-from ppvae.evidence import Estimate, elbo, iwae, quadrature
+from ppvae.evidence import Estimate, elbo, enumeration, iwae, quadrature
 from ppvae.explanation import Explanation, explain
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
 from ppvae.ledger import Comparison
@@ -39,6 +42,7 @@ __version__ = version("ppvae")
 
 __all__ = [
     "AdversarialFit",
+    "Alternation",
     "Amortized",
     "Comparison",
     "Estimate",
@@ -49,16 +53,19 @@ __all__ = [
     "Refinement",
     "RepairCosts",
     "classical",
+    "classify",
     "compare",
     "data",
     "density",
     "diagnostics",
     "elbo",
+    "enumeration",
     "evidence",
     "explain",
     "families",
     "fit",
     "fit_adversarial",
+    "fit_alternating",
     "fit_autoencoder",
     "fit_per_datapoint",
     "generation",
@@ -69,6 +76,7 @@ __all__ = [
     "log_weights",
     "models",
     "nn",
+    "objectives",
     "pairs",
     "per_datapoint",
     "plots",

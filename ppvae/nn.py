@@ -381,3 +381,63 @@ class Table(nn.Module):
     def __repr__(self) -> str:
         num_data, num_params = self.weight.shape
         return f"Table({num_data} rows x {num_params})"
+
+
+class MLPByClass(nn.Module):
+    r"""A multilayer perceptron of a row and a class, for all classes at once.
+
+    It is the `MLP` of the row and the class as an indicator vector, side by side: the first layer
+    is :math:`W x + U_k`, and what does not hang on the class is computed once.
+
+    Args:
+        in_features: Size of an input row.
+        num_classes: Number of classes K.
+        hidden: Widths of the hidden layers; empty for a linear map.
+        out_features: Size of an output row.
+        activation: Class of the activation between layers.
+
+    Shapes:
+        ``(*, in_features)`` to ``(*, num_classes, out_features)``.
+
+    Example:
+        >>> import torch
+        >>> net = MLPByClass(784, 10, [400], 40)
+        >>> net
+        MLPByClass(784 + 10 classes -> 400 -> 40, ELU)
+        >>> net(torch.zeros(5, 784)).shape
+        torch.Size([5, 10, 40])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        hidden: Sequence[int],
+        out_features: int,
+        activation: type[nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be positive; got {num_classes}.")
+        self.num_classes = num_classes
+        self.mlp = MLP(in_features + num_classes, hidden, out_features, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map rows of size `in_features` to a row of size `out_features` for each class."""
+        size = self.mlp.sizes[0] - self.num_classes
+        if x.dim() == 0 or x.shape[-1] != size:
+            raise ValueError(
+                f"Expected rows of size {size}, shape (*, {size}); got {tuple(x.shape)}."
+            )
+        first, rest = self.mlp.layers[0], self.mlp.layers[1:]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(rest, nn.Sequential)
+        of_row, of_class = first.weight.split([size, self.num_classes], dim=1)
+        out: Tensor = rest(nn.functional.linear(x, of_row, first.bias)[..., None, :] + of_class.mT)
+        return out
+
+    def __repr__(self) -> str:
+        into, *sizes = self.mlp.sizes
+        kind = self.mlp.activation.__name__ if len(sizes) > 1 else "linear"
+        first = f"{into - self.num_classes} + {self.num_classes} classes"
+        return f"MLPByClass({' -> '.join([first, *map(str, sizes)])}, {kind})"

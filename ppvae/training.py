@@ -10,11 +10,18 @@ from typing import Any, Literal
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ppvae.density import Program, check_pair, check_shared_pair, read_model, shared_latents
+from ppvae.density import (
+    Program,
+    check_pair,
+    check_shared_pair,
+    read_guide,
+    read_model,
+    shared_latents,
+)
 from ppvae.guides import Amortized, PerDatapoint
 from ppvae.isolation import (
     check_rows,
@@ -130,7 +137,8 @@ def fit(
         x: The data: rows ``(num_data, *event)``; or a `Dataset` or `DataLoader` whose items are
             rows, or tuples that begin with one (what follows, such as labels, is not used). Every
             batch of a `DataLoader` has the same weight, a short one too.
-        loss: A Pyro ELBO object, `TraceMeanField_ELBO()` if left out.
+        loss: A Pyro ELBO object. If left out `TraceMeanField_ELBO()`, or `TraceGraph_ELBO()` for a
+            guide with draws that have no gradient, such as discrete ones.
         steps: Number of steps.
         batch_size: Rows per step; at most all of them. A `DataLoader` brings its own.
         lr: Adam's learning rate.
@@ -164,7 +172,6 @@ def fit(
     modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
     for module in modules:
         module.to(device=device, dtype=dtype)
-    loss = TraceMeanField_ELBO() if loss is None else loss
     where = torch.device(device or device_of(*modules) or "cpu")
     began = seconds_now(where)
     with private_store(keep_bare=True), forked_rng(seed, where), warnings.catch_warnings():
@@ -180,6 +187,7 @@ def fit(
             else:
                 check_pair(model, guide, first)
                 _check_families(model, guide, first)
+            loss = _default_loss(guide, first) if loss is None else loss
         run = Run(model, guide, loss, lr, num_data)
         status, completed = run.train(_chain(first, rows, batches), steps, progress)
     return Fit(
@@ -211,10 +219,25 @@ def _check_families(model: Program, guide: Program, x: Tensor) -> None:
             family.check_site(sites.latents[name])
 
 
+def _default_loss(guide: Program, x: Tensor) -> ELBO:
+    """The analytic KL where all draws have a gradient, the score function elsewhere."""
+    with torch.no_grad(), forked_rng(0, x.device):
+        _, sites = read_guide(guide, x)
+    smooth = all(site.fn.has_rsample for site in sites.values())
+    return TraceMeanField_ELBO() if smooth else TraceGraph_ELBO()
+
+
+def _table_of(guide: Program) -> PerDatapoint | None:
+    """The guide with a row for each datum that this is, or that a handler of Pyro's stands before.
+
+    `config_enumerate` and `poutine` handlers wrap a guide; its rows are those of the data still.
+    """
+    return next((m for m in modules_of(guide) if isinstance(m, PerDatapoint)), None)
+
+
 def _on_rows(guide: Program, rows: Tensor | None) -> Any:
-    if isinstance(guide, PerDatapoint) and rows is not None:
-        return guide.rows(rows)
-    return nullcontext()
+    table = _table_of(guide)
+    return nullcontext() if table is None or rows is None else table.rows(rows)
 
 
 def _batches(
@@ -232,7 +255,7 @@ def _batches(
         x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
         check_rows(x, *modules)
         return tensor_batches(x, batch_size)
-    if isinstance(guide, PerDatapoint):
+    if _table_of(guide) is not None:
         raise ValueError(
             "A PerDatapoint guide has a row of parameters for each datum, so fit has to know "
             "which rows a minibatch holds: pass x as one tensor."
@@ -397,8 +420,9 @@ class Run:
         self.params = list(unique.values())
         self.good = self._state()
         tables: list[nn.Parameter] = []
-        if isinstance(self.guide, PerDatapoint):
-            tables = [self.guide.table(site).weight for site in self.guide.families]
+        owner = _table_of(self.guide)
+        if owner is not None:
+            tables = [owner.table(site).weight for site in owner.families]
         for table in tables:
             if table.requires_grad:
                 self.optimizers.append(RowAdam(table, self.lr).step)  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ ROWS = [
     "baselines",
     "guides",
     "generation",
+    "classification",
     "shared",
     "pairs",
     "objectives",

@@ -6,12 +6,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ppvae
 from ppvae import pairs
-from ppvae.families import DiagonalNormal, FullRankNormal, LogNormal
+from ppvae.families import Categorical, DiagonalNormal, FullRankNormal, LogNormal
 from ppvae.guides import PerDatapoint
 from ppvae.models import FactorAnalysis
 from ppvae.training import RowAdam
@@ -261,3 +261,42 @@ def test_misfits_of_guide_and_data_are_refused():
         ppvae.fit(model, PerDatapoint(LogNormal(), 5), Rows(torch.rand(5)), progress=False)
     with pytest.raises(ValueError, match="DiagonalNormal.*'real'.*Exponential"):
         ppvae.fit(model, PerDatapoint(DiagonalNormal(), 5), torch.rand(5), progress=False)
+
+
+def test_rows_reach_a_table_behind_a_handler():
+    """`config_enumerate` wraps the guide; its rows are still those of the minibatch."""
+    centres = torch.tensor([-3.0, 3.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("x", dist.Normal(centres[z.long()], 1.0), obs=x)
+
+    x = torch.where(torch.arange(40) % 3 == 0, 3.0, -3.0) + 0.3 * torch.randn(40)
+    guide = PerDatapoint(Categorical(2), 40)
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    wrapped = config_enumerate(guide)
+    ppvae.fit(model, wrapped, x, loss=loss, steps=400, batch_size=8, lr=0.1, progress=False)
+    exact = torch.stack([-0.5 * (x - c) ** 2 for c in centres], -1).log_softmax(-1)
+    reached = Categorical(2).log_probs(guide.params(x)["z"].detach())[:, 0]
+    assert float((reached.exp() - exact.exp()).abs().max()) < 0.05
+    with pytest.raises(ValueError, match="pass x as one tensor"):
+        ppvae.fit(model, wrapped, TensorDataset(x), loss=loss, steps=1, progress=False)
+
+
+def test_a_guide_without_gradients_of_its_draws_takes_the_score_function():
+    model, guide = pairs.sigmoid_belief_network(6, [3], [8])
+    with torch.no_grad(), ppvae.isolation.private_store():
+        x = model(size=50)
+    run = ppvae.fit(model, guide, x, steps=3, seed=1, progress=False)
+    again_model, again_guide = pairs.sigmoid_belief_network(6, [3], [8])
+    assert run.completed
+    assert len(run.losses) == 3
+    again_model.load_state_dict(model.state_dict())
+    again_guide.load_state_dict(guide.state_dict())
+    # The same step as with the objective named.
+    one = ppvae.fit(model, guide, x, steps=3, seed=2, progress=False)
+    named = ppvae.fit(
+        again_model, again_guide, x, loss=TraceGraph_ELBO(), steps=3, seed=2, progress=False
+    )
+    assert torch.equal(one.losses, named.losses)

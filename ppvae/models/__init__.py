@@ -19,6 +19,7 @@ from ppvae.models.gaussian_mixture import GaussianMixture
 from ppvae.models.implicit import ImplicitModel
 from ppvae.models.linear_gaussian import PPCA, FactorAnalysis
 from ppvae.models.linear_state_space import LinearStateSpace
+from ppvae.models.semisupervised_vae import SemisupervisedVAE
 from ppvae.models.sigmoid_belief_network import SigmoidBeliefNetwork
 from ppvae.models.vae import VAE
 
@@ -36,6 +37,7 @@ __all__ = [
     "LatentInputNetwork",
     "LinearStateSpace",
     "Prediction",
+    "SemisupervisedVAE",
     "SigmoidBeliefNetwork",
     "TargetsGivenInputs",
 ]

@@ -6,6 +6,7 @@ and with `ppvae.fit`.
 
 from ppvae.pairs.bayesian_neural_network import bayesian_neural_network, latent_input_network
 from ppvae.pairs.layered import deep_exponential_family, deep_latent_gaussian
+from ppvae.pairs.semisupervised_vae import semisupervised_vae
 from ppvae.pairs.sigmoid_belief_network import sigmoid_belief_network
 from ppvae.pairs.tractable import (
     exponential_gaussian,
@@ -26,6 +27,7 @@ __all__ = [
     "latent_input_network",
     "linear_state_space",
     "ppca",
+    "semisupervised_vae",
     "sigmoid_belief_network",
     "vae",
 ]
