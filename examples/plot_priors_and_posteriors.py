@@ -129,7 +129,7 @@ ax.legend()
 
 # %%
 # What the diagonal normal lacks here is correlation: a full covariance leaves a fifth of its gap,
-# and the flow, which cannot turn with the image, nearly all of it. The guides themselves lose more
+# and the flow, which cannot turn with the image, most of it. The guides themselves lose more
 # by amortization than by either family.
 
 plt.show()
