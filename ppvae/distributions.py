@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Independent, Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
@@ -362,3 +363,110 @@ class BernoulliVector(dist.Independent):
         values = (bits & 1).to(logits.dtype)
         values = values.reshape(-1, *(1 for _ in self.batch_shape), size)
         return values.expand(-1, *self.batch_shape, size) if expand else values
+
+
+# Elements of the largest tensor that a mixture makes at once: small enough for a cache.
+_BLOCK = 500_000
+
+
+class Mixture(TorchDistribution):
+    r"""A finite mixture whose components are rows of a table of parameters.
+
+    .. math:: p(z) = \sum_k \pi_k \, p(z; \lambda_k)
+
+    Torch's own mixture draws from all components to keep one, and holds its density over all
+    components and draws at once; with hundreds of components neither is practical.
+
+    Args:
+        member: From parameters ``(*batch, P)`` to a distribution of that batch shape.
+        params: :math:`\lambda_k`, ``(K, P)``.
+        logits: :math:`\log \pi_k` up to a constant, ``(K,)``.
+
+    Example:
+        >>> import torch
+        >>> import pyro.distributions as dist
+        >>> two = Mixture(
+        ...     lambda loc: dist.Normal(loc, 1.0).to_event(1),
+        ...     torch.tensor([[-3.0], [3.0]]),
+        ...     torch.zeros(2),
+        ... )
+        >>> two.sample((5,)).shape
+        torch.Size([5, 1])
+        >>> two.log_prob(torch.zeros(1))
+        tensor(-5.4189)
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        member: Callable[[Tensor], Any],
+        params: Tensor,
+        logits: Tensor,
+        *,
+        batch_shape: Any = (),
+        validate_args: bool | None = None,
+    ) -> None:
+        self.member, self.params, self.logits = member, params, logits
+        self.components = member(params)
+        event_shape = self.components.event_shape
+        super().__init__(torch.Size(batch_shape), event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> Any:
+        """That of the components."""
+        return self.components.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
+        """The same mixture for every element of a batch."""
+        return Mixture(
+            self.member, self.params, self.logits, batch_shape=batch_shape, validate_args=False
+        )
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw components, then from them."""
+        with torch.no_grad():
+            shape = torch.Size(sample_shape) + self.batch_shape
+            weights = torch.softmax(self.logits, dim=0)
+            chosen = torch.multinomial(weights, max(1, shape.numel()), replacement=True)
+            params = self.params[chosen[: shape.numel()].reshape(shape)]
+            drawn: Tensor = self.member(params).sample()
+        return drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density, ``(*batch,)``; of many values in blocks."""
+        if self._validate_args:
+            self._validate_sample(value)
+        event = value.dim() - len(self.event_shape)
+        rows = torch.broadcast_shapes(value.shape[:event], self.batch_shape)
+        flat = value.expand(*rows, *self.event_shape).reshape(-1, 1, *self.event_shape)
+        log_weights = torch.log_softmax(self.logits, dim=0)
+        normal = _elements_of_normal(self.components)
+        each = len(self.params) * (1 if normal else max(1, self.event_shape.numel()))
+        terms = []
+        for block in flat.split(max(1, _BLOCK // each)):
+            if normal is None:
+                log_probs = self.components.log_prob(block)
+            else:
+                log_probs = _all_normals(normal.loc, normal.scale, block[:, 0])
+            terms.append(torch.logsumexp(log_probs + log_weights, dim=-1))
+        return torch.cat(terms).reshape(rows)
+
+
+def _elements_of_normal(fn: Any) -> Any:
+    """The normals that a vector is independently drawn from; `None` of another distribution."""
+    independent = isinstance(fn, Independent) and fn.reinterpreted_batch_ndims == 1
+    return fn.base_dist if independent and type(fn.base_dist) is Normal else None
+
+
+def _all_normals(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
+    """Log densities of diagonal normals ``(K, D)`` at values ``(S, D)``: ``(S, K)``.
+
+    As a product of matrices, which needs no tensor of all three dimensions. The squares that are
+    subtracted from each other are far larger than the result, hence double precision.
+    """
+    loc, precision, z = loc.double(), scale.double() ** -2, value.double()
+    slopes = torch.cat([-0.5 * precision, loc * precision], dim=-1)
+    constant = -0.5 * (loc**2 * precision).sum(-1) + 0.5 * torch.log(precision).sum(-1)
+    constant = constant - loc.shape[-1] * _HALF_LOG_2PI
+    return (torch.cat([z**2, z], dim=-1) @ slopes.mT + constant).to(value.dtype)

@@ -8,6 +8,7 @@ of these inputs delivers.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -346,7 +347,8 @@ class EncoderTraining:
             sites = check_pair(model, program, few)
             families: Mapping[str, Family] = read_params(program, few, sites).families
         ordered = in_order(families, sites.latents)
-        return cls(program, sites, LocalElbo(model, ordered, _TRAINING_DRAWS), seed, few)
+        still = _apart(model, program)
+        return cls(program, sites, LocalElbo(still, ordered, _TRAINING_DRAWS), seed, few)
 
     def encode(self, x: Tensor) -> Tensor:
         """λ of the guide for rows, differentiable in its parameters."""
@@ -481,6 +483,18 @@ def _parameters(*programs: Program) -> list[Tensor]:
         found |= {id(p): p for p in module.parameters()}
     found |= {id(p): p for _, p in pyro.get_param_store().named_parameters()}
     return [p for p in found.values() if p.is_leaf and p.is_floating_point()]
+
+
+def _apart(model: Program, program: Program) -> Program:
+    """A model that stays as it is while the guide is trained, which may own its encoder.
+
+    That of a `ppvae.priors.VampPrior` is the guide's.
+    """
+    theirs, its = (
+        {id(p) for module in modules_of(each) for p in module.parameters()}
+        for each in (program, model)
+    )
+    return copy.deepcopy(model) if theirs & its and isinstance(model, nn.Module) else model
 
 
 def _tensors(*programs: Program) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ppvae.baselines import Baseline
 from ppvae.density import ModelSites, Program, check_pair, judging
-from ppvae.families import Family, split_sites
+from ppvae.families import Family, held_fixed, split_sites, weights_of
 from ppvae.freeing import Reading, read_families, read_free
 from ppvae.isolation import OwnedModule, check_rows, device_of
 from ppvae.nn import MLP, BottomUp, Table
@@ -77,9 +77,7 @@ class Amortized(OwnedModule):
         self.baseline = baseline
         self.plate = plate
         # Flows have weights of their own, which are trained with the encoder.
-        self.trained_families = nn.ModuleList(
-            f for f in self.families.values() if isinstance(f, nn.Module)
-        )
+        self.trained_families = _weights(self.families)
 
     @property
     def family(self) -> Family:
@@ -122,6 +120,7 @@ class Amortized(OwnedModule):
             for name, family in self.families.items()
             if baseline is not None
         }
+        _ = self.trained_families  # Reading it is what tells Pyro of the parameters.
         with pyro.plate(self.plate, params.shape[0], dim=-1):
             _draw(self.families, self.by_site(params), values, infer)
         return next(iter(values.values())) if len(values) == 1 else values
@@ -138,6 +137,16 @@ def _by_name(family: Family | Mapping[str, Family], site: str) -> dict[str, Fami
     if not families:
         raise ValueError("family: expected at least one latent site with its family; got none.")
     return families
+
+
+def _weights(families: Mapping[str, Family]) -> nn.ModuleList:
+    """What families share between all data, for a guide to own."""
+    return nn.ModuleList(part for family in families.values() for part in weights_of(family))
+
+
+def _trains(families: Mapping[str, Family]) -> bool:
+    modules = [part for family in families.values() for part in weights_of(family)]
+    return any(p.requires_grad for part in modules for p in part.parameters())
 
 
 def _described(families: Mapping[str, Family]) -> str:
@@ -192,6 +201,8 @@ class PerDatapoint(OwnedModule):
         self.tables = nn.ModuleDict(
             {_key(name): Table(num_data, f.num_params) for name, f in self.families.items()}
         )
+        # Of a freed guide they are frozen.
+        self.shared_weights = _weights(self.families)
         self._rows: Tensor | None = None
 
     def table(self, site: str) -> Table:
@@ -235,6 +246,8 @@ class PerDatapoint(OwnedModule):
     def forward(self, x: Tensor | None = None, size: int | None = None) -> dict[str, Tensor]:
         """The guide as a Pyro program: draws the latents of every row, by site."""
         params = self.params(_need_rows(self, x))
+        if _trains(self.families):
+            _ = self.shared_weights  # As in `Amortized`; Pyro would warn of frozen ones.
         with pyro.plate(self.plate, len(next(iter(params.values()))), dim=-1):
             return _draw(self.families, params, {}, {})
 
@@ -352,7 +365,8 @@ def per_datapoint(guide: Program, x: Tensor, *, model: Program | None = None) ->
 
     Returns:
         A guide for these rows with the same site distributions, whose table holds the guide's
-        parameters for them. The guide that was given is not changed.
+        parameters for them. The guide that was given is not changed. The weights of a family such
+        as `Flow` are copied and held fixed: training the guide does not change the freed one.
 
     Raises:
         ValueError: If a site cannot be freed (named): its distribution depends on another latent
@@ -370,7 +384,8 @@ def per_datapoint(guide: Program, x: Tensor, *, model: Program | None = None) ->
     with judging(0, x, guide, model), torch.no_grad():
         sites = None if model is None else check_pair(model, guide, x)
         reading = read_params(guide, x, sites)
-    freed = PerDatapoint(reading.families, x.shape[0], plate=reading.plate)
+    families = {name: held_fixed(family) for name, family in reading.families.items()}
+    freed = PerDatapoint(families, x.shape[0], plate=reading.plate)
     for name, value in reading.params.items():
         freed.table(name).weight = nn.Parameter(value.detach().clone())
     return freed

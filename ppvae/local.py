@@ -42,6 +42,7 @@ from ppvae.families import (
     Family,
     GaussianFamily,
     Given,
+    held_fixed,
     in_order,
     same_family,
     split_sites,
@@ -118,7 +119,7 @@ def fit_per_datapoint(
     Args:
         model: A Pyro model with one local plate over the rows, called as ``model(x)``.
         family: The variational family, or one per latent site by name; `None` takes them from
-            ``init``.
+            ``init``. The weights of a `Flow` are held fixed, as a copy.
         x: Rows, ``(batch, *event)``.
         init: A guide to start from, or several: each row starts at the best of their outputs.
             Their families must be ``family``, where both are given.
@@ -228,7 +229,7 @@ def _families(
                     f"a start has to be of the family that is fitted. Leave init out for a cold "
                     f"start."
                 )
-    return in_order(given, sites.latents)
+    return {name: held_fixed(each) for name, each in in_order(given, sites.latents).items()}
 
 
 def by_site(family: Family | Mapping[str, Family], sites: ModelSites) -> dict[str, Family]:

@@ -21,6 +21,7 @@ ROWS = [
     "isolation",
     "data",
     "distributions",
+    "flows",
     "nn",
     "likelihoods",
     "priors",
@@ -160,10 +161,10 @@ def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
 
 
 @each_file
-def test_only_families_import_zuko(path: Path) -> None:
+def test_only_flows_import_zuko(path: Path) -> None:
     names = [name for name, _, _ in imports(path, package_of(path))]
     zuko = [name for name in names if name.split(".")[0] == "zuko" or ".contrib.zuko" in name]
-    assert not zuko or room(path) == "families"
+    assert not zuko or room(path) == "flows"
 
 
 def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:

@@ -13,8 +13,17 @@ from pyro.poutine.util import prune_subsample_sites
 import ppvae
 from ppvae import pairs
 from ppvae.density import check_pair, read_model
-from ppvae.families import BlockNormal, FullRankNormal, Gamma, TruncatedNormal, Weibull
+from ppvae.families import (
+    BlockNormal,
+    ConditionalFlow,
+    Flow,
+    FullRankNormal,
+    Gamma,
+    TruncatedNormal,
+    Weibull,
+)
 from ppvae.likelihoods import Categorical, Gaussian, NegativeBinomial, Poisson
+from ppvae.priors import FlowPrior, NormalMixture
 
 PAIRS = {
     "deep_exponential_family": lambda: pairs.deep_exponential_family(5, (4, 3), (8,)),
@@ -51,6 +60,11 @@ PAIRS = {
     "vae, Poisson": lambda: pairs.vae(6, 2, [8], Poisson()),
     "vae, NegativeBinomial": lambda: pairs.vae(6, 2, [8], NegativeBinomial.learned(0.5)),
     "vae, images": lambda: pairs.vae(16, 2, [8], image_shape=(1, 4, 4), channels=[3]),
+    "vae, NormalMixture": lambda: pairs.vae(6, 2, [8], prior=NormalMixture(2, 3)),
+    "vae, VampPrior": lambda: pairs.vae(6, 2, [8], pseudo_inputs=4),
+    "vae, FlowPrior": lambda: pairs.vae(6, 2, [8], prior=FlowPrior(2, hidden=(8,))),
+    "vae, Flow": lambda: pairs.vae(6, 2, [8], family=Flow(2, hidden=(8,))),
+    "vae, ConditionalFlow": lambda: pairs.vae(6, 2, [8], family=ConditionalFlow(2, 3, hidden=(8,))),
 }
 every_pair = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS.keys())
 both_losses = pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])

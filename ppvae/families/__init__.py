@@ -5,10 +5,20 @@ or a table, is the guide's business (`ppvae.guides`): swapping only the source i
 amortization, swapping only the family isolates approximation.
 
 λ = 0 is each family's neutral member, the cold start of per-datapoint fits: a standard normal, a
-standard log-normal, an exponential with rate 1, the truncated standard normal, fair coins.
+standard log-normal, an exponential with rate 1, the truncated standard normal, fair coins. Of a
+`Flow` it is its map of the standard normal.
 """
 
-from ppvae.families.base import BUILT_IN, Family, GaussianFamily, in_order, innermost, split_sites
+from ppvae.families.base import (
+    BUILT_IN,
+    Family,
+    GaussianFamily,
+    held_fixed,
+    in_order,
+    innermost,
+    split_sites,
+    weights_of,
+)
 from ppvae.families.composed import (
     DistributionFamily,
     Transformed,
@@ -18,6 +28,7 @@ from ppvae.families.composed import (
     transformed,
 )
 from ppvae.families.discrete import Bernoulli, Categorical, DiscreteFamily, Given
+from ppvae.families.flow import ConditionalFlow, Flow
 from ppvae.families.named import (
     BlockNormal,
     DiagonalNormal,
@@ -33,10 +44,12 @@ __all__ = [
     "Bernoulli",
     "BlockNormal",
     "Categorical",
+    "ConditionalFlow",
     "DiagonalNormal",
     "DiscreteFamily",
     "DistributionFamily",
     "Family",
+    "Flow",
     "FullRankNormal",
     "Gamma",
     "GaussianFamily",
@@ -47,9 +60,11 @@ __all__ = [
     "TruncatedNormal",
     "Weibull",
     "argument_names",
+    "held_fixed",
     "in_order",
     "innermost",
     "same_family",
     "split_sites",
     "transformed",
+    "weights_of",
 ]

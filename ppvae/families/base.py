@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints, transforms
 
 from ppvae.density import LatentSite, support_name
@@ -166,6 +167,29 @@ def innermost(fn: Any) -> Any:
     while type(fn).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
         fn = fn.base_dist
     return fn
+
+
+def weights_of(family: Family) -> list[nn.Module]:
+    """The modules of a family whose weights all data share, those of what it is made of too.
+
+    Example:
+        >>> from ppvae.families import DiagonalNormal, Flow
+        >>> weights_of(DiagonalNormal(2)), weights_of(Flow(2))
+        ([], [Flow(2, transforms=2, hidden=(64,))])
+    """
+    own = [family] if isinstance(family, nn.Module) else []
+    base = getattr(family, "base", None)
+    return own + (weights_of(base) if isinstance(base, Family) else [])
+
+
+def held_fixed(family: Family) -> Family:
+    """The family as it is now: a copy with nothing left to train, where it has weights."""
+    if not weights_of(family):
+        return family
+    fixed = copy.deepcopy(family)
+    for module in weights_of(fixed):
+        module.eval().requires_grad_(False)
+    return fixed
 
 
 BUILT_IN: dict[type, type[Family]] = {}

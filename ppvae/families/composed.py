@@ -237,15 +237,13 @@ def same_family(one: Family, other: Family) -> bool:
     """
     if repr(one) != repr(other):
         return False
+    held, others = _held_by(one), _held_by(other)
+    if len(held) != len(others) or not all(map(_equal, held, others)):
+        return False
     if isinstance(one, Given) and isinstance(other, Given):
         return same_family(one.base, other.base)
     if not isinstance(one, Transformed) or not isinstance(other, Transformed):
         return True
-    held, others = _held_by(one), _held_by(other)
-    if len(held) != len(others) or not all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(held, others, strict=True)
-    ):
-        return False
     # What a transform holds besides tensors shows in what it does.
     like = next((value for value in held if value.is_floating_point()), torch.zeros(()))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -257,11 +255,18 @@ def same_family(one: Family, other: Family) -> bool:
     return torch.allclose(drawn[0], drawn[1], equal_nan=True)
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return alike and torch.equal(one, other)
+
+
 def _held_by(family: Family) -> list[Tensor]:
-    """What the transform of a family holds: two flows of one kind are two families."""
-    if not isinstance(family, Transformed):
-        return []
-    return [*_tensors_in(family.transform), *_held_by(family.base)]
+    """What a family and its transforms hold: two flows of one kind are two families."""
+    held = _tensors_in(family.transform) if isinstance(family, Transformed) else []
+    if isinstance(family, nn.Module):
+        held += family.state_dict().values()
+    base = getattr(family, "base", None)
+    return held + (_held_by(base) if isinstance(base, Family) else [])
 
 
 def _check_by_drawing(family: Family, site: LatentSite, draws: int = 64) -> None:

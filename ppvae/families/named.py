@@ -15,7 +15,7 @@ from ppvae.distributions import Weibull as _Weibull
 from ppvae.families.base import BUILT_IN, Family, GaussianFamily, innermost
 
 
-class _DiagonalGaussian(GaussianFamily):
+class DiagonalGaussian(GaussianFamily):
     """λ = (μ, log σ)."""
 
     def gaussian(self, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ class _DiagonalGaussian(GaussianFamily):
         return torch.cat([loc, torch.log(torch.diagonal(tril, dim1=-2, dim2=-1))], dim=-1)
 
 
-class DiagonalNormal(_DiagonalGaussian):
+class DiagonalNormal(DiagonalGaussian):
     r"""Mean-field Gaussian, :math:`q(z) = \prod_d N(z_d; \mu_d, \sigma_d^2)`.
 
     λ = (μ, log σ).
@@ -154,7 +154,7 @@ class FullRankNormal(BlockNormal):
         return f"FullRankNormal({self.size})"
 
 
-class LogNormal(_DiagonalGaussian):
+class LogNormal(DiagonalGaussian):
     r"""Mean-field log-normal on z > 0: :math:`\log z_d \sim N(\mu_d, \sigma_d^2)`.
 
     λ = (μ, log σ).

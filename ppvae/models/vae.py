@@ -3,19 +3,19 @@ r"""The decoder of a variational autoencoder as a generative process."""
 from __future__ import annotations
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from ppvae.isolation import OwnedModule, plate_size
 from ppvae.likelihoods import Likelihood
+from ppvae.priors import Prior, StandardNormal
 
 
 class VAE(OwnedModule):
-    r"""A normal latent decoded into the parameters of a likelihood.
+    r"""A latent decoded into the parameters of a likelihood.
 
-    .. math:: z_n \sim N(0, I), \qquad x_n \mid z_n \sim p(x \mid \mathrm{NN}_\theta(z_n))
+    .. math:: z_n \sim p(z), \qquad x_n \mid z_n \sim p(x \mid \mathrm{NN}_\theta(z_n))
 
     Source: Kingma & Welling (2014).
 
@@ -25,6 +25,7 @@ class VAE(OwnedModule):
         decoder: From ``(*, z_dim)`` to ``(*, likelihood.num_outputs(x_dim))``, any number of
             leading dimensions.
         likelihood: From the decoder's output to p(x | z).
+        prior: p(z), the standard normal if left out; see `ppvae.priors`.
 
     Shapes:
         ``x``: ``(batch, x_dim)``; ``z``: ``(batch, z_dim)``.
@@ -40,7 +41,14 @@ class VAE(OwnedModule):
         torch.Size([3, 64])
     """
 
-    def __init__(self, x_dim: int, z_dim: int, decoder: nn.Module, likelihood: Likelihood) -> None:
+    def __init__(
+        self,
+        x_dim: int,
+        z_dim: int,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        prior: Prior | None = None,
+    ) -> None:
         super().__init__()
         if x_dim < 1 or z_dim < 1:
             raise ValueError(f"x_dim and z_dim must be positive; got {x_dim} and {z_dim}.")
@@ -49,7 +57,13 @@ class VAE(OwnedModule):
         self.likelihood = likelihood
         with torch.no_grad():
             start = next((p for p in decoder.parameters()), torch.zeros(()))
+            self.prior = StandardNormal(z_dim).to(start) if prior is None else prior
             output = decoder(start.new_zeros(2, z_dim))
+        if not isinstance(self.prior, Prior) or self.prior.z_dim != z_dim:
+            raise ValueError(
+                f"prior: expected a ppvae.priors.Prior over a latent of size {z_dim}; got "
+                f"{prior!r}."
+            )
         expected = (2, likelihood.num_outputs(x_dim))
         if tuple(output.shape) != expected:
             raise ValueError(
@@ -62,10 +76,8 @@ class VAE(OwnedModule):
         batch = plate_size(type(self).__name__, x, size, event_shape=(self.x_dim,))
         if x is not None and is_validation_enabled():
             self.likelihood.check(x)
-        start = next((p for p in self.decoder.parameters()), torch.zeros(()))
-        zeros = start.new_zeros(self.z_dim)
         with pyro.plate("data", batch, dim=-1):
-            z = pyro.sample("z", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
+            z = pyro.sample("z", self.prior.distribution())
             return pyro.sample("x", self.likelihood.distribution(self.decoder(z)), obs=x)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -77,7 +89,8 @@ class VAE(OwnedModule):
             return self.likelihood.mean(self.decoder(z))
 
     def __repr__(self) -> str:
+        prior = "" if isinstance(self.prior, StandardNormal) else f", prior={self.prior!r}"
         return (
             f"VAE(x_dim={self.x_dim}, z_dim={self.z_dim}, decoder={self.decoder!r}, "
-            f"likelihood={self.likelihood!r})"
+            f"likelihood={self.likelihood!r}{prior})"
         )

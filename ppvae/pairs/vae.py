@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ppvae.families import DiagonalNormal, Family
 from ppvae.guides import Amortized
@@ -13,6 +14,7 @@ from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood, NegativeBinomial,
 from ppvae.models import VAE
 from ppvae.nn import MLP, ConvDecoder, ConvEncoder, LogCounts
 from ppvae.pairs.building import amortized
+from ppvae.priors import Prior, VampPrior
 
 
 def vae(
@@ -25,6 +27,8 @@ def vae(
     activation: type[nn.Module] = nn.ELU,
     image_shape: tuple[int, int, int] | None = None,
     channels: Sequence[int] | None = None,
+    prior: Prior | None = None,
+    pseudo_inputs: int | Tensor | None = None,
 ) -> tuple[VAE, Amortized]:
     """A variational autoencoder of multilayer perceptrons (Kingma & Welling 2014), or of images.
 
@@ -43,11 +47,17 @@ def vae(
             width are multiples of ``2 ** len(channels)``.
         channels: Number of channels after each of the encoder's convolutions, (16, 32) if left
             out; the decoder has them in reverse.
+        prior: p(z), the standard normal if left out; see `ppvae.priors`.
+        pseudo_inputs: For a `VampPrior` with the guide's own encoder and family: the rows at
+            which its pseudo-inputs start, ``(K, x_dim)``, such as some of the data; or a number of
+            them, which start at random. They are kept in [0, 1] for a Bernoulli likelihood.
 
     Raises:
         ValueError: If the family's support or shape is not the model's, the likelihood is
             unknown, ``image_shape`` is not that of rows of size ``x_dim`` or cannot be halved so
-            often, or ``channels`` come without it.
+            often, ``channels`` come without it, the prior is over another latent, both ``prior``
+            and ``pseudo_inputs`` are given, or the latter with a likelihood that is neither
+            Bernoulli nor Gaussian.
 
     Example:
         >>> model, guide = vae(x_dim=64, z_dim=8, hidden=[100])
@@ -63,6 +73,10 @@ def vae(
                 f"likelihood: expected 'bernoulli', 'gaussian' or a Likelihood; got {likelihood!r}."
             )
         likelihood = Bernoulli() if likelihood == "bernoulli" else Gaussian.learned()
+    if prior is not None and pseudo_inputs is not None:
+        raise ValueError(
+            f"prior: pseudo_inputs make a VampPrior, but prior is {prior!r}. Give one of them."
+        )
     family = DiagonalNormal(z_dim) if family is None else family
     outputs, back = likelihood.num_outputs(x_dim), list(hidden)[::-1]
     decoder: nn.Module
@@ -83,7 +97,16 @@ def vae(
         encoder = ConvEncoder(image_shape, family.num_params, channels, hidden, activation)
     if isinstance(likelihood, Poisson | NegativeBinomial):
         encoder = LogCounts(encoder)
-    model = VAE(x_dim, z_dim, decoder, likelihood)
+    if pseudo_inputs is not None:
+        if not isinstance(likelihood, Bernoulli | Gaussian):
+            raise ValueError(
+                f"pseudo_inputs: expected a Bernoulli or a Gaussian likelihood, whose rows can be "
+                f"moved smoothly; got {likelihood!r}. Use another prior, such as NormalMixture."
+            )
+        binary = isinstance(likelihood, Bernoulli)
+        rows = _rows(pseudo_inputs, x_dim, binary)
+        prior = VampPrior(encoder, family, rows, unit_interval=binary)
+    model = VAE(x_dim, z_dim, decoder, likelihood, prior)
     return model, amortized(model, family, encoder)
 
 
@@ -99,3 +122,18 @@ def _check_image(image_shape: tuple[int, int, int], x_dim: int, outputs: int) ->
             f"likelihood: convolutions put out equally many values for each element; got "
             f"num_outputs({x_dim}) = {outputs}, no multiple of {x_dim}."
         )
+
+
+def _rows(pseudo_inputs: int | Tensor, x_dim: int, binary: bool) -> Tensor:
+    """Where the pseudo-inputs start."""
+    if isinstance(pseudo_inputs, Tensor):
+        if pseudo_inputs.dim() != 2 or pseudo_inputs.shape[1] != x_dim:
+            raise ValueError(
+                f"pseudo_inputs: expected rows of shape (K, {x_dim}), or their number; got "
+                f"{tuple(pseudo_inputs.shape)}."
+            )
+        return pseudo_inputs
+    if pseudo_inputs < 1:
+        raise ValueError(f"pseudo_inputs must be at least 1; got {pseudo_inputs}.")
+    shape = (pseudo_inputs, x_dim)
+    return torch.rand(shape) if binary else torch.randn(shape)

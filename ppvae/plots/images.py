@@ -16,6 +16,7 @@ from ppvae.guides import Amortized
 from ppvae.isolation import check_rows
 from ppvae.models import VAE, Autoencoder, ImplicitModel
 from ppvae.plots.style import BLUE, MANY, axes_or_new, styled
+from ppvae.priors import StandardNormal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,8 @@ def samples(
         raise ValueError(f"rows and columns must be at least 1; got {rows} and {columns}.")
     like = _like(model)
     with judging(seed, like, model):
-        images = model.decode(torch.randn(rows * columns, model.z_dim).to(like))
+        prior = model.prior if isinstance(model, VAE) else StandardNormal(model.z_dim).to(like)
+        images = model.decode(prior.distribution().sample(torch.Size([rows * columns])))
     ax = _sheet(axes_or_new(ax, 0.5 * columns, 0.5 * rows + 0.3), images, shape, columns)
     what = "draws of x" if isinstance(model, ImplicitModel) else "means of x"
     ax.set_title(f"{what} for draws of z from the prior", fontsize="medium")
@@ -196,7 +198,8 @@ def latent_grid(
 
     Raises:
         ValueError: If the latent is not two-dimensional, ``event_shape`` is not that of the
-            model's rows, or the model has no prior, as an `Autoencoder`.
+            model's rows, the prior is not the standard normal, or there is none, as in an
+            `Autoencoder`.
 
     Example:
         >>> import ppvae
@@ -210,6 +213,11 @@ def latent_grid(
         raise ValueError(
             f"latent_grid draws a two-dimensional latent; the model has z_dim={model.z_dim}. "
             f"Build the pair with z_dim=2."
+        )
+    if isinstance(model, VAE) and not isinstance(model.prior, StandardNormal):
+        raise ValueError(
+            f"latent_grid is spaced by the quantiles of the standard normal; the model has the "
+            f"prior {model.prior!r}. Draw from it instead: ppvae.plots.samples."
         )
     if size < 1:
         raise ValueError(f"size must be at least 1; got {size}.")
