@@ -268,7 +268,15 @@ def test_variational_em_leaves_alone_what_is_held_fixed(held):
 # SVI, the third road.
 
 
-STAGES = ((5e-2, 300, 2), (2e-2, 300, 4), (5e-3, 300, 8), (1e-3, 300, 16), (2e-4, 500, 32))
+STAGES = (
+    (5e-2, 300, 2),
+    (2e-2, 300, 4),
+    (5e-3, 300, 8),
+    (1e-3, 300, 16),
+    (2e-4, 500, 32),
+    (2e-4, 200, 64),
+    (3e-5, 300, 64),
+)
 
 
 def svi(model, guide, x):
@@ -306,8 +314,7 @@ def test_svi_learns_the_model_that_em_learns(kind):
         )
     reached = elbo_by_kl(model, x, guide.family.distribution(guide.params(x)))
     assert 0 <= best - evidence(model, x) + 1e-9 < 1e-4
-    # The guide lags behind, in what is left of the noise of its gradient.
-    assert best - float(reached.mean()) < 5e-4
+    assert best - float(reached.mean()) < 1e-4
 
 
 @pytest.mark.slow
