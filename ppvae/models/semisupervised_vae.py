@@ -142,7 +142,7 @@ class SemisupervisedVAE(OwnedModule):
             z = pyro.sample("z", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
             label = self._draw_labels(y).to(z) if x is None else x[:, -1]
             pixels = self._pixels(torch.where(label >= 0, label.to(y), y), z)
-            return pyro.sample("x", _Rows(pixels, label, self.num_classes), obs=x)
+            return pyro.sample("x", PixelsAndLabel(pixels, label, self.num_classes), obs=x)
 
     def _draw_labels(self, y: Tensor) -> Tensor:
         """Labels for as many rows as y has, some of them missing."""
@@ -198,7 +198,7 @@ def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
         )
 
 
-class _Rows(dist.TorchDistribution):
+class PixelsAndLabel(dist.TorchDistribution):
     """Pixels with a label beside them: density of the pixels times probability of the label.
 
     Args:
@@ -220,9 +220,9 @@ class _Rows(dist.TorchDistribution):
         """The pixels' support, and in the last column the label."""
         return _RowSupport(self.pixels.support, self.label)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Rows:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PixelsAndLabel:
         """The same rows, more of them."""
-        return _Rows(self.pixels.expand(batch_shape), self.label, self.num_classes)
+        return PixelsAndLabel(self.pixels.expand(batch_shape), self.label, self.num_classes)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws of the pixels; the label stays."""
