@@ -80,8 +80,11 @@ for name, estimate in evidence.items():
     print(f"{name:16s} {estimate.mean:7.2f}, against the first {against.mean():+.2f} ± {error:.2f}")
 
 # %%
-# In two dimensions and after so short a training there is little to be had: the mixture is better
-# by more than twice its error, the VampPrior is not told apart from the standard normal.
+# These errors are those of the mean over test images, for these trained models. They leave out
+# that training itself is random, which here is the larger part: over five seeds the mixture
+# came out between 0.37 nats worse and 0.27 better than the standard normal, and the VampPrior
+# between 0.54 worse and 0.22 better. In two dimensions and after so short a training no prior is
+# shown to be better; what the picture shows is that the learned ones follow the latents.
 #
 # Three posteriors
 # ----------------

@@ -41,7 +41,7 @@ every_prior = pytest.mark.parametrize("make", PRIORS.values(), ids=PRIORS.keys()
 @every_prior
 def test_the_density_integrates_to_one_and_draws_have_its_moments(make):
     prior = make().double()
-    axis = torch.linspace(-12, 12, 401).double()
+    axis = torch.linspace(-12, 12, 401, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     cell = float(axis[1] - axis[0]) ** 2
     member = prior.distribution()
