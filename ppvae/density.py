@@ -211,11 +211,13 @@ def _shared_by_all(name: str, kind: str) -> ValueError:
 def shared_latents(model: Program, x: Tensor) -> tuple[str, ...]:
     """The names of the latent sites that all rows share, those outside of any plate.
 
-    For code that provides the contexts of `judging` itself.
+    For code that provides the contexts of `judging` itself; no random number of theirs is used up.
     """
+    with forked_rng(0, x.device):
+        trace = _plain_run("model", model, x)
     return tuple(
         name
-        for name, site in _sample_sites(_plain_run("model", model, x))
+        for name, site in _sample_sites(trace)
         if not site["is_observed"] and not _local_frames(site)
     )
 
