@@ -17,30 +17,31 @@ held, each Gaussian is a problem of its own, and :math:`q(k) \propto \exp L_k` a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from ppvae.configurations import joint_table, num_configurations
-from ppvae.density import ModelSites, Program, draw_chunks, joint
+from ppvae.configurations import MOST_CONFIGURATIONS, joint_table, num_configurations
+from ppvae.density import Held, ModelSites, Program, draw_chunks, joint, prior_draws
 from ppvae.families import DiscreteFamily, Family, GaussianFamily, Given, split_sites
+from ppvae.fisher import LocalElbo
 from ppvae.natural import GaussianElbo
 
 Ends = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """λ, the gain still promised, its noise, steps, the start that won, the gain over the first."""
 
 # A table of log densities has this many configurations at most; more are sampled.
-MOST_IN_TABLE = 2**12
+MOST_IN_TABLE = MOST_CONFIGURATIONS
 _SWEEPS = 200
 _IMPOSSIBLE = 1e4
-_DRAWS = 16
-_DAMPED_STEPS = 40
+_LEAST_DRAWS = 16
+_SAMPLED_SWEEPS = 30
 _REPLICATES = 4
 _JUDGES = 256
-# Log odds of a start at a single configuration.
-_NARROW = 2.0
+# Log odds of a start at a single configuration, and how many of the best have one.
+_NARROW, _TOP = 20.0, 8
+_PRIOR_DRAWS = 256
 
 
 def all_discrete(families: Mapping[str, Family]) -> bool:
@@ -49,16 +50,11 @@ def all_discrete(families: Mapping[str, Family]) -> bool:
 
 
 def clamped_site(families: Mapping[str, Family]) -> str | None:
-    """The scalar discrete site on which Gaussian families for all others hang, if there is one."""
-    found = [name for name, f in families.items() if isinstance(f, DiscreteFamily) and f.size == 1]
-    others = [f for name, f in families.items() if [name] != found]
-    if len(found) != 1 or not others:
-        return None
-    given = all(
-        isinstance(f, Given) and f.given == found[0] and isinstance(f.base, GaussianFamily)
-        for f in others
-    )
-    return found[0] if given else None
+    """The categorical site on which the families of all others hang, if there is one."""
+    found = [name for name, f in families.items() if isinstance(f, DiscreteFamily)]
+    others = [f for name, f in families.items() if name not in found]
+    given = all(isinstance(f, Given) and f.given == found[0] for f in others) if found else False
+    return found[0] if len(found) == 1 and others and given else None
 
 
 class Elements:
@@ -112,6 +108,7 @@ def coordinate_ascent(
     starts: Sequence[Tensor],
     max_steps: int | None,
     tolerance: float,
+    num_draws: int,
 ) -> Ends:
     """Climb from several starts to each row's best end; one step is a sweep over all elements.
 
@@ -123,6 +120,7 @@ def coordinate_ascent(
         starts: λ of all sites, ``(batch, P)`` each.
         max_steps: Most sweeps per start.
         tolerance: A row with less than this to gain, in nats, has arrived.
+        num_draws: Draws for each expectation, where the configurations are too many to list.
 
     Returns:
         λ, the gain that a further sweep promises, what that figure would be at the optimum from
@@ -133,7 +131,7 @@ def coordinate_ascent(
     if num_configurations(sites) <= MOST_IN_TABLE:
         climb = Enumerated(elements, joint_table(model, x, sites).detach())
     else:
-        climb = Sampled(elements, model, x)
+        climb = Sampled(elements, model, x, num_draws)
     begins = [elements.log_probs(start) for start in starts] + climb.further_starts()
     best: list[Tensor] = []
     for number, begin in enumerate(begins):
@@ -158,6 +156,14 @@ def coordinate_ascent(
     return params, gain, noise, total, winner, restart
 
 
+def _narrow(classes: Sequence[Tensor], table: Tensor) -> list[Tensor]:
+    """Log probabilities near one configuration: ``(rows,)`` classes for each element."""
+    return [
+        (_NARROW * torch.nn.functional.one_hot(c, size).to(table.dtype)).log_softmax(dim=-1)
+        for c, size in zip(classes, table.shape[:-1], strict=True)
+    ]
+
+
 def _rise(log_q: Tensor, target: Tensor) -> Tensor:
     """KL(q ‖ softmax target): what the step to the target brings, with the others held."""
     return (log_q.exp() * (log_q - target.log_softmax(dim=-1))).sum(dim=-1)
@@ -175,27 +181,27 @@ class Enumerated:
         self.elements = elements
         self.rows = table.shape[1]
         # A configuration of density zero must not make 0 · ∞.
-        table = torch.nan_to_num(table.double(), nan=-torch.inf)
-        table = torch.maximum(table, table.amax(dim=0) - _IMPOSSIBLE)
+        table = torch.nan_to_num(table.double(), nan=-torch.inf, neginf=-torch.inf)
+        best = table.amax(dim=0)
+        self.possible = torch.isfinite(best)
+        best = torch.where(self.possible, best, 0.0)
+        table = torch.maximum(table, best - _IMPOSSIBLE)
         self.dtype = table.dtype
         self.table = table.reshape(*elements.classes, self.rows)
         self.count = len(elements.classes)
 
     def further_starts(self) -> list[list[Tensor]]:
-        """The exact marginals, and a start near the best configuration."""
+        """The exact marginals, and a start at each of the best configurations."""
         posterior = self.table.flatten(0, -2).log_softmax(dim=0).reshape(self.table.shape)
         axes = range(self.count)
         marginals = [
             posterior.logsumexp([a for a in axes if a != i]).mT if self.count > 1 else posterior.mT
             for i in axes
         ]
-        narrow = []
-        for i in axes:
-            others = [a for a in axes if a != i]
-            profile = self.table.amax(others) if others else self.table
-            best = torch.nn.functional.one_hot(profile.argmax(dim=0), profile.shape[0])
-            narrow.append((_NARROW * best.to(self.dtype)).log_softmax(dim=-1))
-        return [marginals, narrow]
+        flat = self.table.flatten(0, -2)
+        top = flat.topk(min(_TOP, len(flat)), dim=0).indices
+        classes = torch.unravel_index(top, self.table.shape[:-1])
+        return [marginals, *(_narrow([c[k] for c in classes], self.table) for k in range(len(top)))]
 
     def of_rows(self, rows: Tensor) -> Enumerated:
         """The same for some of the rows."""
@@ -243,7 +249,7 @@ class Enumerated:
         """What the steps of all elements promise, one by one; there is no noise."""
         rises = [_rise(log_q[i], self._target(log_q, i)) for i in range(self.count)]
         gain = torch.stack(rises).sum(dim=0)
-        return gain, torch.zeros_like(gain)
+        return torch.where(self.possible, gain, torch.inf), torch.zeros_like(gain)
 
 
 class Sampled:
@@ -253,56 +259,81 @@ class Sampled:
         elements: The elements of the latent sites.
         model: A Pyro model.
         x: Rows.
+        num_draws: Draws of the other elements for each expectation.
     """
 
-    def __init__(self, elements: Elements, model: Program, x: Tensor) -> None:
+    def __init__(self, elements: Elements, model: Program, x: Tensor, num_draws: int) -> None:
         self.elements, self.model, self.x = elements, model, x
+        self.draws = max(_LEAST_DRAWS, num_draws // 8)
 
     def further_starts(self) -> list[list[Tensor]]:
-        """None: there is no list of configurations to choose from."""
-        return []
+        """A start at the best of some draws from the prior."""
+        values = prior_draws(self.model, self.x, _PRIOR_DRAWS)
+        classes = torch.cat(
+            [
+                values[name].reshape(_PRIOR_DRAWS, len(self.x), family.size).long()
+                for name, family in self.elements.families.items()
+            ],
+            dim=-1,
+        )
+        best = self._joint(classes).argmax(dim=0)
+        chosen = classes[best, torch.arange(len(self.x), device=self.x.device)]
+        return [
+            [
+                (_NARROW * torch.nn.functional.one_hot(chosen[:, i], count))
+                .to(self.x)
+                .log_softmax(dim=-1)
+                for i, count in enumerate(self.elements.classes)
+            ]
+        ]
 
     def _draw(self, log_q: Sequence[Tensor], draws: int) -> Tensor:
         """Classes ``(draws, rows, elements)``; all rows share their uniform numbers."""
         uniform = torch.rand(draws, 1, len(log_q)).to(self.x)
-        classes = [
-            (uniform[..., i : i + 1] > part.exp().cumsum(dim=-1)[:, :-1]).sum(dim=-1)
-            for i, part in enumerate(log_q)
-        ]
+        classes = [self._classes(uniform[..., i : i + 1], part) for i, part in enumerate(log_q)]
         return torch.stack(classes, dim=-1)
+
+    def _classes(self, uniform: Tensor, log_q: Tensor) -> Tensor:
+        return (uniform > log_q.exp().cumsum(dim=-1)[:, :-1]).sum(dim=-1)
 
     def _joint(self, classes: Tensor) -> Tensor:
         sizes = draw_chunks(len(classes), self.x)
-        return torch.cat(
+        value = torch.cat(
             [
                 joint(self.model, self.x, self.elements.values(part, self.x))
                 for part in classes.split(sizes)
             ]
         )
+        # As in a table: what is impossible is far below what is not.
+        value = torch.nan_to_num(value, nan=-torch.inf, neginf=-torch.inf)
+        best = torch.nan_to_num(value.amax(dim=0), neginf=0.0)
+        return torch.maximum(value, best - _IMPOSSIBLE)
 
-    def _targets(self, log_q: Sequence[Tensor], draws: int) -> Iterator[Tensor]:
-        """t of each element, ``(rows, classes)``, from common draws of the others."""
-        classes = self._draw(log_q, draws)
-        for i, count in enumerate(self.elements.classes):
-            changed = classes.expand(count, *classes.shape).clone()
-            changed[..., i] = torch.arange(count, device=classes.device)[:, None, None]
-            log_p = self._joint(changed.flatten(0, 1)).reshape(count, draws, -1)
-            yield log_p.mean(dim=1).mT
+    def _target(self, classes: Tensor, element: int) -> Tensor:
+        """t of one element, ``(rows, classes)``, from draws of the others."""
+        count = self.elements.classes[element]
+        changed = classes.expand(count, *classes.shape).clone()
+        changed[..., element] = torch.arange(count, device=classes.device)[:, None, None]
+        log_p = self._joint(changed.flatten(0, 1)).reshape(count, len(classes), -1)
+        return log_p.mean(dim=1).mT
 
     def ascend(
         self, begin: Sequence[Tensor], max_steps: int | None, tolerance: float
     ) -> tuple[list[Tensor], Tensor]:
-        """Damped steps at a falling rate; the end, and the number of steps."""
-        log_q = list(begin)
-        count = max_steps or _DAMPED_STEPS
+        """Sweeps over the elements at a falling rate; the end, and the number of sweeps."""
+        log_q = [part.to(self.x) for part in begin]
+        count = max_steps or _SAMPLED_SWEEPS
         for t in range(count):
-            # All elements move at once, which full steps would make swing.
-            rate = min(0.5, 4 / (t + 1))
-            targets = list(self._targets(log_q, _DRAWS))
-            log_q = [
-                ((1 - rate) * part + rate * target).log_softmax(dim=-1)
-                for part, target in zip(log_q, targets, strict=True)
-            ]
+            # Full steps first; then the mean of many removes the noise of the draws.
+            rate = min(1.0, 2 / max(1, t - 3))
+            uniform = torch.rand(self.draws, 1, len(log_q)).to(self.x)
+            parts = [self._classes(uniform[..., i : i + 1], p) for i, p in enumerate(log_q)]
+            classes = torch.stack(parts, dim=-1)
+            for i, part in enumerate(log_q):
+                target = self._target(classes, i)
+                log_q[i] = ((1 - rate) * part + rate * target).log_softmax(dim=-1)
+                # The elements that follow see what this one has become.
+                classes[..., i] = self._classes(uniform[..., i : i + 1], log_q[i])
         steps = torch.full((len(self.x),), count, dtype=torch.long, device=self.x.device)
         return log_q, steps
 
@@ -314,11 +345,11 @@ class Sampled:
 
     def promise(self, log_q: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the steps of all elements promise, and the part of it that is noise."""
-        replicates = [list(self._targets(log_q, 4 * _DRAWS)) for _ in range(_REPLICATES)]
+        samples = [self._draw(log_q, 4 * self.draws) for _ in range(_REPLICATES)]
         gain = torch.zeros(len(self.x)).to(self.x)
         noise = torch.zeros_like(gain)
         for i, part in enumerate(log_q):
-            targets = torch.stack([replicate[i] for replicate in replicates])
+            targets = torch.stack([self._target(classes, i) for classes in samples])
             gain = gain + _rise(part, targets.mean(dim=0))
             # Near the optimum the rise is half the variance under q of the target's error.
             error = targets - targets.mean(dim=0)
@@ -347,19 +378,11 @@ def combine_classes(
         num_draws: Draws per row for each L_k.
     """
     bases = bases_of(families, site)
-    local = GaussianElbo(model, bases, x)
-    values = []
-    for label, end in enumerate(ends):
-        local.model = held(model, site, families, label, x)
-        gaussian = local.gaussian(end[0])
-        with torch.enable_grad():
-            states = [
-                local.evaluate(x, *gaussian, local.nodes(num_draws, x)) for _ in range(_REPLICATES)
-            ]
-        values.append(torch.stack([state.value for state in states]).mean(dim=0))
-    # The entropy's constant is the same for all values of the site.
+    values = [
+        value_at(held(model, site, families, label, x), bases, x, end[0], num_draws)
+        for label, end in enumerate(ends)
+    ]
     value = torch.stack(values, dim=-1)
-    value = torch.nan_to_num(value, nan=-torch.inf)
     log_q = (value - value.amax(dim=-1, keepdim=True)).log_softmax(dim=-1)
     q = log_q.exp()
 
@@ -374,6 +397,27 @@ def combine_classes(
     return params, average(1), average(2), steps, winner, average(5)
 
 
+def value_at(
+    model: Program, families: Mapping[str, Family], x: Tensor, params: Tensor, num_draws: int
+) -> Tensor:
+    """The local ELBO at λ ``(batch,)``, of Gaussians up to a constant; −∞ where it is none."""
+    if all(isinstance(family, GaussianFamily) for family in families.values()):
+        local = GaussianElbo(model, families, params)
+        gaussian = local.gaussian(params)
+        with torch.enable_grad():
+            parts = [
+                local.evaluate(x, *gaussian, local.nodes(num_draws, x)).value
+                for _ in range(_REPLICATES)
+            ]
+    else:
+        elbo = LocalElbo(model, families, num_draws)
+        with torch.no_grad():
+            parts = [
+                elbo.log_weights(x, params, num_draws).mean(dim=0) for _ in range(4 * _REPLICATES)
+            ]
+    return torch.nan_to_num(torch.stack(parts).mean(dim=0), nan=-torch.inf)
+
+
 def bases_of(families: Mapping[str, Family], site: str) -> dict[str, Family]:
     """The families of the other sites, with the value of ``site`` held."""
     return {n: f.base for n, f in families.items() if n != site and isinstance(f, Given)}
@@ -385,10 +429,8 @@ def held(
     """The model with ``site`` held at one of its values for all rows."""
     family = families[site]
     assert isinstance(family, DiscreteFamily)
-    value = family.values(torch.tensor([label], device=like.device))
-    value = value.reshape(family.event_shape)
-    value = value.to(like.dtype) if value.is_floating_point() else value
-    return poutine.condition(model, data={site: value})
+    value = family.values(torch.tensor([label], device=like.device)).reshape(family.event_shape)
+    return Held(model, {site: value.to(like.dtype) if value.is_floating_point() else value})
 
 
 def split_classes(families: Mapping[str, Family], site: str, params: Tensor) -> list[Tensor]:

@@ -534,6 +534,24 @@ def _particles(num_samples: int) -> Any:
     return pyro.plate(_PARTICLES, num_samples, dim=-2)
 
 
+@dataclass(frozen=True)
+class Held:
+    """A model with some of its latent sites held at one value for all rows and draws.
+
+    Attributes:
+        model: A Pyro model.
+        values: By site, ``event_shape``.
+    """
+
+    model: Program
+    values: Mapping[str, Tensor]
+
+    def __call__(self, x: Tensor) -> Any:
+        """Run the model with the values for every row."""
+        rows = {name: v.expand(len(x), *v.shape) for name, v in self.values.items()}
+        return poutine.condition(self.model, data=rows)(x)
+
+
 def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
     """`log_joint` without its checks and contexts, for code that calls it in a loop.
 
@@ -549,6 +567,11 @@ def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
         ``(num_samples, batch)``, differentiable.
     """
     first = next(iter(latents.values()))
+    if isinstance(model, Held):
+        # Of the draws' shape, as models may join them to what was drawn.
+        shape = first.shape[:2]
+        values = {name: v.expand(*shape, *v.shape) for name, v in model.values.items()}
+        return joint(model.model, x, {**values, **latents})
     conditioned = poutine.condition(model, data=dict(latents))
     with unvalidated(), _with_draws(first.shape[:2]), _particles(first.shape[0]):
         trace = poutine.trace(conditioned).get_trace(x)

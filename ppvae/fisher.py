@@ -17,7 +17,13 @@ from torch import Tensor
 
 from ppvae.configurations import configurations
 from ppvae.density import LatentSite, Program, joint
-from ppvae.families import DiscreteFamily, Family, split_sites
+from ppvae.families import (
+    Categorical,
+    DiscreteFamily,
+    DistributionFamily,
+    Family,
+    split_sites,
+)
 from ppvae.isolation import forked_rng
 
 _LEARNING_RATE = 0.05
@@ -28,9 +34,12 @@ _NEAR = 0.5
 # The Fisher matrix costs P² per row: families with more parameters rely on Adam alone.
 _MOST_FISHER = 64
 # Each costs an evaluation of the model at all draws, or with discrete latents alone a single one.
-_MOST_CONFIGURATIONS, _MOST_IN_TABLE = 256, 2**12
-# Directions of λ with less than this part of the largest information move the distribution not.
-_IDLE = 1e-4
+_MOST_CONFIGURATIONS, _MOST_IN_TABLE = 256, 2**14
+# Directions of λ with less than this part of the largest information move the distribution not:
+# in families that may have more parameters than they need, and in all, by rounding.
+_IDLE, _ROUNDED = 1e-4, 1e-9
+# Log probability below which a discrete value is none that q would draw.
+_NEVER = -69.0
 _ROUND, _ROUNDS = 20, 3
 _CHECK_PASSES = 8
 # Nats that a natural-gradient step may lose on its draws: near the optimum that is noise.
@@ -81,7 +90,8 @@ class LocalElbo:
             }
             log_q = _log_prob(discrete, parts, chosen)
             weight = self._weigh(x, parts, chosen, num_draws, still=still)
-            total = total + log_q.exp() * (weight - (log_q.detach() if still else log_q))
+            term = log_q.exp() * (weight - (log_q.detach() if still else log_q))
+            total = total + torch.where(log_q > _NEVER, term, 0.0)
         return total
 
     def _at_all(
@@ -104,7 +114,9 @@ class LocalElbo:
             log_p = log_p[:, None]
         families = {n: f for n, f in self.families.items() if isinstance(f, DiscreteFamily)}
         log_q = _log_prob(families, parts, values)
-        return (log_q.exp() * (log_p - (log_q.detach() if still else log_q))).sum(dim=0)
+        term = log_q.exp() * (log_p - (log_q.detach() if still else log_q))
+        # What q never draws counts for nothing, also where it is impossible.
+        return torch.where(log_q > _NEVER, term, 0.0).sum(dim=0)
 
     def _weigh(
         self,
@@ -167,8 +179,8 @@ class LocalElbo:
         return torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0)
 
     def fisher(self, params: Tensor) -> Tensor:
-        """Fisher information of λ, ``(batch, P, P)``, the second moment of the score."""
-        scores = self._scores(params)
+        """Fisher information of λ, ``(batch, P, P)``, the second moment of the score, in double."""
+        scores = self._scores(params).double()
         fisher = torch.einsum("snp,snq->npq", scores, scores) / len(scores)
         # A family may have more parameters than it needs (a rotation of a low-rank factor, say).
         # Along what changes nothing there is nothing to gain, and no step is to be taken.
@@ -177,7 +189,8 @@ class LocalElbo:
         finite = torch.isfinite(scaled).all(-1).all(-1)[:, None, None]
         scaled = torch.where(finite, scaled, torch.eye(params.shape[1]).to(scaled))
         values, vectors = torch.linalg.eigh(scaled)
-        values = torch.where(values > _IDLE * values[:, -1:], values, 1 / _IDLE**2)
+        least = _IDLE if any(map(_may_idle, self.families.values())) else _ROUNDED
+        values = torch.where(values > least * values[:, -1:], values, 1 / _IDLE**2)
         scaled = vectors @ torch.diag_embed(values) @ vectors.mT
         return size[:, :, None] * scaled * size[:, None, :]
 
@@ -206,8 +219,8 @@ class LocalElbo:
         step = _solve(fisher, gradient)
         centred = (gradients - gradient) / len(gradients)
         covariance = torch.einsum("snp,snq->npq", centred, centred)
-        solved = torch.nan_to_num(torch.linalg.solve_ex(fisher, covariance)[0])
-        noise = solved.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        solved = torch.nan_to_num(torch.linalg.solve_ex(fisher, covariance.to(fisher))[0])
+        noise = solved.diagonal(dim1=-2, dim2=-1).sum(dim=-1).to(params)
         # At most 1 in the Fisher metric, half a nat between the two distributions, and at most 2
         # in any parameter, where the Fisher matrix knows little of it.
         squared = (gradient * step).sum(dim=-1).clamp(min=0.0)
@@ -231,9 +244,10 @@ class LocalElbo:
         fisher = self.fisher(params)
         centred = gradients - mean
         covariance = torch.einsum("snp,snq->npq", centred, centred) / (draws * (draws - 1))
-        gain = 0.5 * (mean * torch.linalg.solve_ex(fisher, mean)[0]).sum(dim=-1)
-        solved = torch.linalg.solve_ex(fisher, covariance)[0]
-        noise = 0.5 * solved.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        mean = mean.to(fisher)
+        gain = 0.5 * (mean * torch.linalg.solve_ex(fisher, mean)[0]).sum(dim=-1).to(params)
+        solved = torch.linalg.solve_ex(fisher, covariance.to(fisher))[0]
+        noise = 0.5 * solved.diagonal(dim1=-2, dim2=-1).sum(dim=-1).to(params)
         # Where there is no figure, nothing is promised to be near the optimum.
         return torch.nan_to_num(gain, nan=torch.inf), torch.nan_to_num(noise, nan=torch.inf)
 
@@ -331,8 +345,15 @@ def _natural_steps(elbo: LocalElbo, x: Tensor, params: Tensor, count: int, taken
 
 def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
     """The solution per row, zero where the matrix is singular or no number."""
-    solution, _ = torch.linalg.solve_ex(matrix, vector)
-    return torch.nan_to_num(solution, nan=0.0, posinf=0.0, neginf=0.0)
+    solution, _ = torch.linalg.solve_ex(matrix, vector.to(matrix))
+    return torch.nan_to_num(solution, nan=0.0, posinf=0.0, neginf=0.0).to(vector)
+
+
+def _may_idle(family: Family) -> bool:
+    """Whether some directions of λ may change nothing, as a rotation of a low-rank factor."""
+    base = getattr(family, "base", None)
+    own = isinstance(family, (Categorical, DistributionFamily))
+    return own or (isinstance(base, Family) and _may_idle(base))
 
 
 def _log_prob(

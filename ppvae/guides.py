@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ppvae.baselines import Baseline
 from ppvae.density import ModelSites, Program, check_pair, judging
-from ppvae.families import Family, held_fixed, split_sites, weights_of
+from ppvae.families import Family, held_fixed, in_order, split_sites, weights_of
 from ppvae.freeing import Reading, read_families, read_free
 from ppvae.isolation import OwnedModule, check_rows, device_of
 from ppvae.nn import MLP, BottomUp, Table
@@ -136,6 +136,10 @@ def _by_name(family: Family | Mapping[str, Family], site: str) -> dict[str, Fami
     families = {site: family} if isinstance(family, Family) else dict(family)
     if not families:
         raise ValueError("family: expected at least one latent site with its family; got none.")
+    if list(in_order(families, families)) != list(families):
+        raise ValueError(
+            f"family: a Given stands after the site that it hangs on; got {list(families)}."
+        )
     return families
 
 

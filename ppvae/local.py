@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ppvae.configurations import configurations
 from ppvae.coordinate import (
     Ends,
     all_discrete,
@@ -24,10 +25,11 @@ from ppvae.coordinate import (
     combine_classes,
     coordinate_ascent,
     held,
-    join_classes,
     split_classes,
+    value_at,
 )
 from ppvae.density import (
+    Held,
     ModelSites,
     Program,
     check_count,
@@ -41,7 +43,6 @@ from ppvae.families import (
     DiscreteFamily,
     Family,
     GaussianFamily,
-    Given,
     held_fixed,
     in_order,
     same_family,
@@ -72,8 +73,8 @@ class LocalFit:
         steps: ``(batch,)``: evaluations of the model's gradient, over all starts; of discrete
             latents, sweeps over their elements.
         start: ``(batch,)``: which start won, 0 for ``init``'s output, 1 for the cold start, 2
-            for a narrow one at the best of some draws; of discrete latents 2 for the posterior's
-            marginals and 3 for the best configuration, where these can be listed.
+            for a narrow one at the best of some draws; of discrete latents whose values can be
+            listed 2 for the posterior's marginals, 3 and on for its likeliest values.
         seconds: Wall time of the fit, without the draws for ``elbo``.
         status: What happened, in words.
     """
@@ -280,6 +281,9 @@ def _enough_draws(wanted: int, size: int) -> int:
 
 
 _GAUSSIAN_STEPS = 60
+# Values of discrete sites that each have a fit of the other sites, and the log odds of the best in
+# the start that is made of them.
+_MOST_HELD, _NEAR_ONE_VALUE = 32, 5.0
 
 
 def _fit_rows(
@@ -295,7 +299,7 @@ def _fit_rows(
     if all_discrete(elbo.families):
         with torch.no_grad():
             return coordinate_ascent(
-                elbo.model, elbo.families, sites, x, starts, max_steps, tolerance
+                elbo.model, elbo.families, sites, x, starts, max_steps, tolerance, elbo.num_draws
             )
     if clamped is not None:
         return _fit_by_class(elbo, sites, clamped, x, starts, max_steps, tolerance)
@@ -307,7 +311,7 @@ def _fit_rows(
             for start in [*starts, narrow]
         ]
     else:
-        starts = [*starts, *_starts_by_class(elbo, sites, x, starts, max_steps, tolerance)]
+        starts = [*starts, *_starts_by_value(elbo, sites, x, starts, max_steps, tolerance)]
         ends = [adaptive_ascent(elbo, x, start, max_steps, tolerance) for start in starts]
     params, gain, noise, steps = ends[0]
     winner = torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -349,7 +353,7 @@ def _fit_by_class(
     return combine_classes(elbo.model, site, elbo.families, x, ends, elbo.num_draws)
 
 
-def _starts_by_class(
+def _starts_by_value(
     elbo: LocalElbo,
     sites: ModelSites,
     x: Tensor,
@@ -357,37 +361,32 @@ def _starts_by_class(
     max_steps: int | None,
     tolerance: float,
 ) -> list[Tensor]:
-    """A start at the best value of a discrete site and the Gaussians that fit that value.
+    """A start at the best value of the discrete sites, with the other members that fit that value.
 
-    With the other sites independent of it, each value has an optimum of its own, and ascent stays
-    with the one that it meets first.
+    With the other sites independent of them, each value has an optimum of its own, and ascent
+    stays with the one that it meets first.
     """
-    scalar = [n for n, f in elbo.families.items() if isinstance(f, DiscreteFamily) and f.size == 1]
-    others = {n: f for n, f in elbo.families.items() if n not in scalar}
-    if len(scalar) != 1 or not all(isinstance(f, GaussianFamily) for f in others.values()):
+    discrete = {n: f for n, f in elbo.families.items() if isinstance(f, DiscreteFamily)}
+    others = {n: f for n, f in elbo.families.items() if n not in discrete}
+    count = math.prod(f.num_classes**f.size for f in discrete.values())
+    if not discrete or count > _MOST_HELD or any(f.given for f in others.values()):
         return []
-    site = scalar[0]
-    own = elbo.families[site]
-    assert isinstance(own, DiscreteFamily)
-    count = own.num_classes
-    wider = {n: own if n == site else Given(site, count, f) for n, f in elbo.families.items()}
-    log_q = x.new_zeros(len(x), count)
     begins = []
     for start in starts:
         parts = split_sites(elbo.families, start)
-        rest = torch.cat([parts[name] for name in others], dim=-1)
-        begins.append(join_classes(wider, site, log_q, [rest] * count))
-    conditional = LocalElbo(elbo.model, wider, elbo.num_draws)
-    params, *_ = _fit_by_class(conditional, sites, site, x, begins, max_steps, tolerance)
-    logits = split_sites(wider, params)[site]
-    likeliest = own.log_probs(logits)[:, 0].argmax(dim=-1)
+        begins.append(torch.cat([parts[name] for name in others], dim=-1))
+    table = configurations([sites.latents[name] for name in discrete], x)
+    ends, values = [], []
+    for index in range(count):
+        model = Held(elbo.model, {name: value[index] for name, value in table.items()})
+        fit = LocalElbo(model, others, elbo.num_draws)
+        ends.append(_fit_rows(fit, sites, x, begins, max_steps, tolerance)[0])
+        values.append(value_at(model, others, x, ends[-1], elbo.num_draws))
+    best = torch.stack(values).argmax(dim=0)
     rows = torch.arange(len(x), device=x.device)
-    chosen = torch.stack(split_classes(wider, site, params))[likeliest, rows]
-    found, at = [], 0
-    for name, family in elbo.families.items():
-        if name == site:
-            found.append(logits)
-        else:
-            found.append(chosen[:, at : at + family.num_params])
-            at += family.num_params
-    return [torch.cat(found, dim=-1)]
+    chosen = split_sites(others, torch.stack(ends)[best, rows])
+    for name, family in discrete.items():
+        member = table[name][best].reshape(len(x), family.size).long()
+        classes = torch.nn.functional.one_hot(member, family.num_classes).to(x)
+        chosen[name] = family.from_log_probs((_NEAR_ONE_VALUE * classes).log_softmax(dim=-1))
+    return [torch.cat([chosen[name] for name in elbo.families], dim=-1)]

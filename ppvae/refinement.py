@@ -16,9 +16,19 @@ import torch
 from torch import Tensor
 
 from ppvae.configurations import joint_table, num_configurations
-from ppvae.coordinate import MOST_IN_TABLE, Elements, Enumerated, all_discrete
+from ppvae.coordinate import (
+    MOST_IN_TABLE,
+    Elements,
+    Enumerated,
+    all_discrete,
+    bases_of,
+    clamped_site,
+    held,
+    join_classes,
+    split_classes,
+)
 from ppvae.density import ModelSites, Program, check_count, judging, read_model, row_chunks
-from ppvae.families import Family, GaussianFamily, in_order
+from ppvae.families import DiscreteFamily, Family, GaussianFamily, in_order, split_sites
 from ppvae.fisher import LocalElbo
 from ppvae.guides import PerDatapoint, per_datapoint
 from ppvae.isolation import check_rows, seconds_now, unvalidated
@@ -34,6 +44,9 @@ _WORST_FIRST = 0.25
 _MEASURE_DRAWS = 100
 # Of many rows that gain little, some measure a loss of two or three errors by chance.
 _CLEARLY_WORSE = 4
+
+# Log probability below which a value of a discrete latent is none that q would draw.
+_NEVER = -69.0
 
 ACCEPTED, REFINED, GIVEN_UP = "accepted", "refined", "given up"
 
@@ -162,6 +175,8 @@ def refine(
             climb = _GaussianClimb(GaussianElbo(model, families, start), x, start, tolerance)
         elif all_discrete(families):
             climb = _SweepClimb(model, families, sites, x, start, tolerance)
+        elif any(isinstance(f, DiscreteFamily) for f in families.values()):
+            climb = _ClassClimb(model, families, x, start, tolerance)
         else:
             climb = _FisherClimb(LocalElbo(model, families, _FISHER_DRAWS), x, start, tolerance)
         least = climb.first_cost
@@ -447,6 +462,82 @@ class _SweepClimb:
             part[rows] = value
         self.moved[rows] = True
         self.promise[rows] = some.promise(end)[0].to(self.like)
+
+
+class _ClassClimb:
+    """A climb of the Gaussians for each value of a categorical site, and q(k) ∝ exp L_k."""
+
+    def __init__(
+        self,
+        model: Program,
+        families: Mapping[str, Family],
+        x: Tensor,
+        start: Tensor,
+        tolerance: float,
+    ) -> None:
+        site = clamped_site(families)
+        bases = {} if site is None else bases_of(families, site)
+        if site is None or not all(isinstance(f, GaussianFamily) for f in bases.values()):
+            raise ValueError(
+                f"refine climbs from where a row is, which says little of other values of a "
+                f"discrete latent: beside one it takes Given families of Gaussians; got "
+                f"{dict(families)}. Use ppvae.fit_per_datapoint(model, None, x, init=guide), which "
+                f"starts at the other values too."
+            )
+        self.families, self.site, self.start = families, site, start
+        own = families[site]
+        assert isinstance(own, DiscreteFamily)
+        self.log_q = own.log_probs(split_sites(families, start)[site])[:, 0]
+        self.climbs = [
+            _GaussianClimb(
+                GaussianElbo(held(model, site, families, k, x), bases, part), x, part, tolerance
+            )
+            for k, part in enumerate(split_classes(families, site, start))
+        ]
+        self.moved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.first_cost = sum(climb.first_cost for climb in self.climbs)
+        self._look()
+
+    def _look(self) -> None:
+        """The values of all classes, and what the best q(k) over their optima promises."""
+        columns = [[c.state.value, c.promise, c.spent] for c in self.climbs]
+        value, gain, spent = (torch.stack(parts, dim=-1) for parts in zip(*columns, strict=True))
+        value = torch.nan_to_num(value, nan=-torch.inf)
+        entropy_free = torch.where(self.log_q > _NEVER, self.log_q.exp() * (value - self.log_q), 0)
+        self.value, self.spent = value, spent.sum(dim=-1)
+        promise = torch.logsumexp(value + gain, dim=-1) - entropy_free.sum(dim=-1)
+        self.promise = torch.nan_to_num(promise, nan=torch.inf).clamp(min=0.0)
+
+    @property
+    def params(self) -> Tensor:
+        joined = join_classes(
+            self.families, self.site, self.log_q, [climb.params for climb in self.climbs]
+        )
+        return torch.where(self.moved[:, None], joined, self.start)
+
+    @property
+    def stuck(self) -> Tensor:
+        return torch.stack([climb.stuck for climb in self.climbs]).all(dim=0)
+
+    def settled(self) -> Tensor:
+        # Of classes that no member would hold nothing is to be made sure.
+        idle = (self.value - self.value.amax(dim=-1, keepdim=True)) < _NEVER / 4
+        done = torch.stack([climb.settled() for climb in self.climbs], dim=-1)
+        return (done | idle).all(dim=-1)
+
+    def cost(self, rows: Tensor) -> Tensor:
+        return torch.stack([climb.cost(rows) for climb in self.climbs]).sum(dim=0)
+
+    def advance(self, rows: Tensor) -> None:
+        for climb in self.climbs:
+            open_ = (climb.promise[rows] > climb.tolerance) | ~climb.settled()[rows]
+            chosen = rows[open_ & ~climb.stuck[rows]]
+            if len(chosen):
+                climb.advance(chosen)
+        self._look()
+        self.log_q[rows] = self.value[rows].log_softmax(dim=-1)
+        self.moved[rows] = True
+        self._look()
 
 
 class _Run:

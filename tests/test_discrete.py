@@ -513,3 +513,153 @@ def test_blocks_are_a_partition():
     for blocks in ([(0, 1)], [(0, 1), (1, 2)], [(0, 1), (2,), ()], [(0, 3), (1, 2)]):
         with pytest.raises(ValueError, match="blocks: expected a partition of the elements 0 to 2"):
             BlockNormal(3, blocks)
+
+
+# --- hard cases -----------------------------------------------------------------------------------
+
+
+class Constant(torch.nn.Module):
+    """An encoder that says the same of every row."""
+
+    def __init__(self, params):
+        super().__init__()
+        self.params = params
+
+    def forward(self, x):
+        return self.params.to(x).expand(len(x), -1)
+
+
+def two_means(x):
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Categorical(x.new_tensor([0.5, 0.5])))
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal((2 * y - 1) * 1.5 + 0.1 * z.sum(-1), 0.5), obs=x)
+
+
+@pytest.mark.parametrize("odds", [1.5, 8.0])
+def test_refine_sees_what_the_other_category_has_to_offer(odds, device):
+    """A guide that is sure of the wrong category: its own gradient there says nothing is wrong."""
+    families = {"y": Categorical(2), "z": Given("y", 2, FullRankNormal(2))}
+    x = torch.full((3,), 1.5, dtype=torch.float64, device=device)
+    params = torch.cat([torch.tensor([odds, -odds]), torch.zeros(10)])
+    guide = Amortized(families, Constant(params))
+    refined = ppvae.refine(two_means, guide, x)
+    variance = 0.5**2 + 2 * 0.1**2
+    exact = torch.stack(
+        [dist.Normal(m, variance**0.5).log_prob(x) + math.log(0.5) for m in (-1.5, 1.5)]
+    ).logsumexp(0)
+    after = ppvae.elbo(two_means, refined.guide, x)
+    assert refined.count("refined") == 3
+    # The tolerance of `refine` is .01 nats.
+    assert float((exact - after.value - 5 * after.stderr).max()) < 0.01
+    before = ppvae.elbo(two_means, guide, x, 20_000)
+    assert sigmas(refined.predicted_gap, exact - before.value, before.stderr + 0.05) < 5
+
+
+def test_a_gamma_for_each_category_is_fitted_category_by_category(device):
+    """|x| given z is nearly z, so the sign of x decides y; the classes' own fits add up."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(x.new_tensor([0.5, 0.5])))
+            z = pyro.sample("z", dist.Gamma(x.new_tensor(3.0), 1.0))
+            pyro.sample("x", dist.Normal((2 * y - 1) * z, 0.3), obs=x)
+
+    x = torch.tensor([3.0, -3.0, 1.0, 6.0], dtype=torch.float64, device=device)
+    fit = ppvae.fit_per_datapoint(model, {"y": Categorical(2), "z": Given("y", 2, Gamma())}, x)
+    parts = []
+    for sign in (-1.0, 1.0):
+
+        def held(x, sign=sign):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Gamma(x.new_tensor(3.0), 1.0))
+                pyro.sample("x", dist.Normal(sign * z, 0.3), obs=x)
+
+        parts.append(ppvae.fit_per_datapoint(held, Gamma(), x).elbo + math.log(0.5))
+    joined = torch.stack(parts).logsumexp(0)
+    assert float((joined - fit.elbo).abs().max()) < 0.02
+    assert bool(fit.converged.all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_impossible_values_are_left_out(dtype, device):
+    """At most one unit on: the best member holds two of the five values, whichever is best."""
+    steps = 0.3 * torch.arange(1.0, 5.0, dtype=dtype, device=device)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(x.new_full((4,), 0.5)).to_event(1))
+            pyro.factor("only", torch.where(z.sum(-1) <= 1, 0.0, -torch.inf))
+            pyro.sample("x", dist.Normal(z.to(x) @ steps, 1.0), obs=x)
+
+    x = torch.tensor([0.1, 0.5, 1.0], dtype=dtype, device=device)
+    fit = ppvae.fit_per_datapoint(model, Bernoulli(4), x)
+    zero = dist.Normal(0.0, 1.0).log_prob(x)
+    ones = torch.stack([dist.Normal(s, 1.0).log_prob(x) for s in steps])
+    best = torch.logaddexp(zero, ones.amax(0)) + 4 * math.log(0.5)
+    assert sigmas(fit.elbo, best, fit.elbo_stderr + 1e-4) < 5
+    refined = ppvae.refine(model, fit.guide, x)
+    assert refined.count("accepted") == 3
+
+
+def test_several_discrete_sites_beside_a_normal_take_their_best_values(device):
+    """Values so far apart that each row is of one of them; then nothing is left to mean field."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(x.new_ones(3) / 3))
+            w = pyro.sample("w", dist.Bernoulli(x.new_tensor(0.5)))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(20 * y + 9 * w + 0.5 * z, 0.3), obs=x)
+
+    x = torch.tensor([0.1, 20.2, 49.1, 28.5], dtype=torch.float64, device=device)
+    families = {"y": Categorical(3), "w": Bernoulli(), "z": DiagonalNormal()}
+    fit = ppvae.fit_per_datapoint(model, families, x)
+    centres = torch.tensor([0.0, 20.0, 49.0, 29.0]).to(x)
+    exact = dist.Normal(centres, math.hypot(0.5, 0.3)).log_prob(x) - math.log(6)
+    assert float((exact - fit.elbo).abs().max()) < 0.01
+
+
+def test_a_network_may_join_a_category_to_a_normal(device):
+    net = torch.nn.Linear(4, 3).to(device)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(x.new_ones(2) / 2))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            code = torch.cat([torch.nn.functional.one_hot(y.long(), 2).to(x), z], dim=-1)
+            pyro.sample("x", dist.Normal(net(code), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(4, 3, device=device)
+    w, m = net.weight.detach()[:, 2:], net.weight.detach()[:, :2].mT + net.bias.detach()
+    covariance = torch.eye(3).to(x) + w @ w.mT
+    exact = torch.stack([dist.MultivariateNormal(k, covariance).log_prob(x) for k in m])
+    family = {"y": Categorical(2), "z": Given("y", 2, FullRankNormal(2))}
+    fit = ppvae.fit_per_datapoint(model, family, x)
+    torch.testing.assert_close(fit.elbo, exact.logsumexp(0) - math.log(2), rtol=0, atol=1e-3)
+
+
+def test_given_hangs_on_a_category_of_its_size(classes):
+    means, loadings, x = classes
+    model = mixture_of_factors(means, loadings)
+    for families in (
+        {"y": Categorical(3), "z": Given("y", 2, DiagonalNormal(2))},
+        {"y": Categorical(3), "z": Given("w", 3, DiagonalNormal(2))},
+    ):
+        with pytest.raises(ValueError, match=r"'z': Given.*must have a Categorical family"):
+            ppvae.fit_per_datapoint(model, families, x)
+        with pytest.raises(ValueError, match=r"'z': Given.*must have a Categorical family"):
+            Amortized(families, MLP(4, [], 11))
+    with pytest.raises(ValueError, match="a Given stands after the site"):
+        Amortized({"z": Given("y", 3, DiagonalNormal(2)), "y": Categorical(3)}, MLP(4, [], 15))
+
+
+def test_a_row_that_is_impossible_has_not_converged():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(x.new_full((2,), 0.5)).to_event(1))
+            pyro.factor("f", torch.where(x > 0, 0.0, -torch.inf))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    fit = ppvae.fit_per_datapoint(model, Bernoulli(2), torch.tensor([1.0, -1.0]))
+    assert fit.converged.tolist() == [True, False]

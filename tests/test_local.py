@@ -300,3 +300,19 @@ def test_bad_arguments_are_refused(call, words):
         call(ExponentialGaussian(), torch.rand(4))
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_gamma_with_a_large_concentration_is_not_called_done_too_early():
+    """Its two parameters are nearly one direction there, which is no direction of no effect."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(x.new_tensor(2.0), 0.2))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    x = torch.tensor([5.0, 20.0, 60.0], dtype=torch.float64)
+    fit = ppvae.fit_per_datapoint(model, Gamma(), x)
+    exact = ppvae.quadrature(model, x).value
+    assert bool(fit.converged.all())
+    # A posterior this narrow is nearly normal, and so is a gamma of large concentration.
+    assert float((exact - fit.elbo).abs().max()) < 0.005

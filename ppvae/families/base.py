@@ -79,6 +79,10 @@ class Family(ABC):
         """
         return self.distribution(params)
 
+    def hangs_on(self, other: Family | None) -> bool:
+        """Whether this can be the family of a site that hangs on one of family ``other``."""
+        return False
+
     @abstractmethod
     def _build(self, params: Tensor) -> Any: ...
 
@@ -210,6 +214,16 @@ def split_sites(families: Mapping[str, Family], params: Tensor) -> dict[str, Ten
 
 
 def in_order(families: Mapping[str, Family], names: Iterable[str]) -> dict[str, Family]:
-    """The families of these sites, each after the one that it is given."""
+    """The families of these sites, each after the one that it is given.
+
+    Raises:
+        ValueError: If a family is given a site that has no such categories.
+    """
     named = [(name, families[name]) for name in names]
+    for name, family in named:
+        if family.given is not None and not family.hangs_on(families.get(family.given)):
+            raise ValueError(
+                f"Site {name!r}: {family!r} hangs on site {family.given!r}, which must have a "
+                f"Categorical family with as many values; got {families.get(family.given)!r}."
+            )
     return dict(sorted(named, key=lambda item: item[1].given is not None))

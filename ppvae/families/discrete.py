@@ -225,6 +225,12 @@ class Given(Family):
         """Refuse a latent site that the base family does not fit."""
         self.base.check_site(site)
 
+    def hangs_on(self, other: Family | None) -> bool:
+        """Whether the other family is over the categories of this one."""
+        if not isinstance(other, Categorical) or other.latent_dim is not None:
+            return False
+        return other.num_classes == self.num_classes
+
     def __repr__(self) -> str:
         return f"Given({self.given!r}, {self.num_classes}, {self.base!r})"
 

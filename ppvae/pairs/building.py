@@ -10,7 +10,7 @@ from torch import nn
 
 from ppvae.baselines import Baseline
 from ppvae.density import judging, read_model
-from ppvae.families import Family
+from ppvae.families import Family, in_order
 from ppvae.guides import Amortized
 
 
@@ -35,6 +35,7 @@ def amortized(
             f"family: expected a family for each of the latent sites {list(sites)}; got "
             f"{list(family)}."
         )
+    family = in_order(family, family)
     for name, each in family.items():
         each.check_site(sites[name])
     return Amortized(family, encoder, baseline=baseline)
