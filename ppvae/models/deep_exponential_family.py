@@ -13,6 +13,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from ppvae.distributions import PoissonOfRate
 from ppvae.isolation import OwnedModule, plate_size
 from ppvae.models.deep_latent_gaussian import layer_sites
 
@@ -125,7 +126,7 @@ class DeepExponentialFamily(OwnedModule):
                 if number:
                     shape = torch.full_like(mean, self.shape[number - 1])
                     prior = dist.Gamma(shape, shape / mean)
-            return pyro.sample("x", dist.Poisson(mean).to_event(1), obs=x)
+            return pyro.sample("x", PoissonOfRate(mean).to_event(1), obs=x)
 
     def _mean(self, z: Tensor, weight: Tensor) -> Tensor:
         # Without a background the product of two small numbers may be no number but 0.
