@@ -105,10 +105,12 @@ class DeepLatentGaussian(OwnedModule):
             return pyro.sample("x", self.likelihood.distribution(loc), obs=x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The mean of x given the latent nearest to it, ``(*, x_dim)``, without gradient."""
+        """The mean of x given the latent nearest to it, ``(*, x_dim)``, without gradient.
+
+        With a `Categorical` likelihood the probabilities of the categories, ``(*, x_dim, K)``.
+        """
         with torch.no_grad():
-            mean: Tensor = self.likelihood.distribution(self.decoders[0](z)).mean
-        return mean
+            return self.likelihood.mean(self.decoders[0](z))
 
     def __repr__(self) -> str:
         return (
