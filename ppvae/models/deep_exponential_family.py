@@ -30,7 +30,9 @@ class DeepExponentialFamily(OwnedModule):
     Gamma distributions are given by shape and rate: layer l has mean :math:`W_l z_{l+1} +
     \epsilon`. A shape below 1 makes a latent sparse, most of it near zero. The weights are
     positive and learned. With one latent of one element and :math:`\epsilon = 0`, counts are
-    negative binomial and the posterior is a gamma distribution.
+    negative binomial and the posterior is a gamma distribution. With up to two latent elements
+    `ppvae.quadrature` has the evidence to the error that it reports, in float64; that error grows
+    as the shape falls, and is infinite at small shapes.
 
     A gamma variable of shape 0.1 and rate 1 is below the smallest normal number of float32,
     1.2e-38, about twice in ten thousand draws. Torch puts such a draw at that number (divided by
