@@ -144,6 +144,11 @@ def test_bad_arguments_are_named(call, words):
         call(torch.randn(9, 5))
 
 
+def test_rows_of_another_dtype_are_named():
+    with pytest.raises(ValueError, match=r"torch.float64 but .* Autoencoder have torch.float32"):
+        ppvae.fit_autoencoder(linear().float(), torch.randn(30, 5).double(), progress=False)
+
+
 def test_nothing_to_train_is_named():
     model = linear()
     for p in model.parameters():
