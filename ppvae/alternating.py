@@ -95,7 +95,8 @@ def fit_alternating(
 
     With Gaussian families, also behind a fixed bijection, the local steps are natural-gradient
     ones, of half the full length, so that on a Gaussian posterior each halves what is left to the
-    optimum; with other families they are Adam's. Each row starts at λ = 0, and later from
+    optimum; with other families they are Adam's. They take the model in eval mode, in which the
+    guide is judged; the model's own step is in train mode. Each row starts at λ = 0, and later from
     where its last turn left it. After the last round every row takes its steps once more. The
     model's step is that of `ppvae.fit`, with its loss `TraceMeanField_ELBO`. With full batches,
     families that hold the posterior and many local steps this is stochastic EM (Neal & Hinton
@@ -196,7 +197,7 @@ class _Inference:
     """Local steps on the rows of a table, the model held fixed."""
 
     def __init__(self, model: Program, guide: PerDatapoint, steps: int, like: Tensor) -> None:
-        self.guide, self.steps = guide, steps
+        self.model, self.guide, self.steps = model, guide, steps
         families = guide.families
         self.weights = [guide.table(name).weight for name in families]
         size = sum(family.size for family in families.values())
@@ -218,7 +219,8 @@ class _Inference:
 
     def improve(self, x: Tensor, rows: Tensor) -> None:
         """Steps of these rows of the table; a row whose step is no number stays where it is."""
-        with unvalidated():  # A row that strays must not stop the others.
+        # Without validation: a row that strays must not stop the others.
+        with evaluation_mode(self.model), unvalidated():
             for _ in range(self.steps):
                 params = torch.cat([weight[rows] for weight in self.weights], dim=-1)
                 if isinstance(self.local, GaussianElbo):

@@ -79,6 +79,16 @@ def check_training(steps: int, batch_size: int, **rates: float) -> None:
             raise ValueError(f"{name} must be positive; got {rate}.")
 
 
+def _check_dtype(x: Tensor, modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+        if kind != x.dtype:
+            raise ValueError(
+                f"x has dtype {x.dtype} but the parameters of {type(module).__name__} have {kind}. "
+                f"Convert one of them: x.to({kind}) or module.to({x.dtype})."
+            )
+
+
 def descend(
     players: Sequence[Player],
     modules: Sequence[nn.Module],
@@ -104,11 +114,15 @@ def descend(
         seed: Seed of the order of the rows and of all draws.
         progress: Whether to show a progress bar.
         name: What the bar is called.
+
+    Raises:
+        ValueError: If the rows are unfit, or have another dtype than the modules.
     """
     from tqdm.auto import tqdm
 
     x = x.detach()
     check_rows(x, *modules)
+    _check_dtype(x, modules)
     where = device_of(*modules) or x.device
     size = min(batch_size, len(x))
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]

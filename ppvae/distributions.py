@@ -156,7 +156,8 @@ class Poisson(TorchDistribution):
     r"""Counts of a given log rate: :math:`\log p(x) = x \eta - e^\eta - \log x!`.
 
     torch's own takes the rate, whose logarithm is lost where it underflows and whose density is
-    not a number where it overflows.
+    not a number where it overflows. The three terms are each far larger than what is left of them
+    where counts are large; they are summed in double precision, whatever the dtype.
 
     Args:
         log_rate: η, any real.
@@ -197,7 +198,9 @@ class Poisson(TorchDistribution):
         """Log probability in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        return value * self.log_rate - self.mean - torch.lgamma(value + 1)
+        x, log_rate = value.double(), self.log_rate.double()
+        log_prob = x * log_rate - torch.exp(log_rate) - torch.lgamma(x + 1)
+        return log_prob.to(torch.promote_types(value.dtype, self.log_rate.dtype))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws."""
@@ -205,8 +208,30 @@ class Poisson(TorchDistribution):
             return torch.poisson(self.mean.expand(self._extended_shape(torch.Size(sample_shape))))
 
 
+class PoissonOfRate(dist.Poisson):
+    r"""Pyro's Poisson distribution of a given rate, with its density summed in double precision.
+
+    The terms :math:`x \log \lambda`, λ and :math:`\log x!` cancel where counts are large.
+
+    Example:
+        >>> import torch
+        >>> PoissonOfRate(torch.tensor(1e6)).log_prob(torch.tensor(1e6))
+        tensor(-7.8267)
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        x, rate = value.double(), self.rate.double()
+        log_prob = torch.xlogy(x, rate) - rate - torch.lgamma(x + 1)
+        return log_prob.to(torch.promote_types(value.dtype, self.rate.dtype))
+
+
 # From here on the first terms of Stirling's series give log Γ to 1e-14.
 _LARGE = 16.0
+# The largest |log α| of a negative binomial.
+_MOST = 30.0
 
 
 def _stirling(y: Tensor) -> Tensor:
@@ -225,11 +250,13 @@ class NegativeBinomial(TorchDistribution):
               \left(\frac{r}{r + \mu}\right)^{r} \left(\frac{\mu}{r + \mu}\right)^{x}
 
     torch's own takes r, and loses its digits where r is large: log Γ(r + x) − log Γ(r) cancels.
-    Here it is the Poisson distribution in the limit α → 0, in single precision too.
+    Here it is the Poisson distribution in the limit α → 0. The terms are summed in double
+    precision, whatever the dtype: with large counts they are far larger than their sum.
 
     Args:
         log_mean: log μ, any real.
-        log_dispersion: log α, any real.
+        log_dispersion: log α, any real. Beyond ±30 it counts as ±30, without a gradient: by then
+            the distribution is the Poisson, or a point at 0, in all but the rarest counts.
 
     Example:
         >>> import torch
@@ -268,29 +295,36 @@ class NegativeBinomial(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """μ + α μ²."""
-        return self.mean * (1 + torch.exp(self.log_dispersion + self.log_mean))
+        return self.mean * (1 + torch.exp(self._bounded + self.log_mean))
+
+    @property
+    def _bounded(self) -> Tensor:
+        """log α where r = 1/α and its derivatives are numbers."""
+        return self.log_dispersion.clamp(-_MOST, _MOST)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        r = torch.exp(-self.log_dispersion)
+        x, log_mean, log_dispersion = value.double(), self.log_mean.double(), self._bounded.double()
+        r = torch.exp(-log_dispersion)
         # log1p(α μ), also where α μ overflows.
-        spread = torch.nn.functional.softplus(self.log_mean + self.log_dispersion)
+        spread = torch.nn.functional.softplus(log_mean + log_dispersion)
         # log Γ(r + x) − log Γ(r) − x log r, each way with an r for which it is exact and its
         # derivatives are finite.
         near, far = r.clamp(max=_LARGE), r.clamp(min=_LARGE)
-        small = torch.lgamma(near + value) - torch.lgamma(near) + value * self.log_dispersion
-        large = (far + value - 0.5) * torch.log1p(value / far) - value
-        large = large + _stirling(far + value) - _stirling(far)
+        small = torch.lgamma(near + x) - torch.lgamma(near) + x * log_dispersion
+        large = (far + x - 0.5) * torch.log1p(x / far) - x
+        large = large + _stirling(far + x) - _stirling(far)
         rising = torch.where(r < _LARGE, small, large)
-        return value * self.log_mean - torch.lgamma(value + 1) + rising - (r + value) * spread
+        log_prob = x * log_mean - torch.lgamma(x + 1) + rising - (r + x) * spread
+        return log_prob.to(torch.promote_types(value.dtype, self.log_mean.dtype))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws, by way of the Gamma variable."""
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
-            r = torch.exp(-self.log_dispersion).expand(shape)
+            r = torch.exp(-self._bounded).expand(shape)
             return torch.poisson(self.mean * torch.distributions.Gamma(r, r).sample())
 
 

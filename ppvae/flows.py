@@ -189,9 +189,9 @@ class FlowTransform(TransformModule):
         )
 
     def _inv_call(self, z: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not z.requires_grad:
-            # A draw without a graph: that of the u behind it, which hangs on weights and context
-            # while z is held fixed, has to be made.
+        if torch.is_grad_enabled() and z.grad_fn is None:
+            # A draw without a graph, which may have been told since to take a gradient: that of
+            # the u behind it, which hangs on z, weights and context, has to be made.
             self._cached_x_y = None, None
         u: Tensor = super()._inv_call(z)
         return u

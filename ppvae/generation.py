@@ -10,7 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppvae.density import Program, check_count, check_pair, draw_chunks, judging, weigh
+from ppvae.density import (
+    ModelSites,
+    Program,
+    check_count,
+    check_pair,
+    draw_chunks,
+    judging,
+    weigh,
+)
 from ppvae.guides import read_params
 from ppvae.isolation import check_rows
 from ppvae.models import VAE
@@ -28,8 +36,8 @@ def posterior_means(model: VAE, guide: Program, x: Tensor) -> Tensor:
         ``(batch, z_dim)``.
 
     Raises:
-        ValueError: If the rows or the pair are unfit, or the guide's distribution has no mean in
-            closed form.
+        ValueError: If the rows or the pair are unfit, the model has other latent sites than
+            ``"z"``, or the guide's distribution has no mean in closed form.
 
     Example:
         >>> import torch
@@ -41,6 +49,7 @@ def posterior_means(model: VAE, guide: Program, x: Tensor) -> Tensor:
     check_rows(x, model, guide)
     with judging(0, x, model, guide), torch.no_grad():
         sites = check_pair(model, guide, x)
+        _check_site(model, sites)
         reading = read_params(guide, x, sites)
         family = reading.families["z"]
         try:
@@ -51,6 +60,15 @@ def posterior_means(model: VAE, guide: Program, x: Tensor) -> Tensor:
                 f"the latents themselves (model.decode, ppvae.generation.traverse)."
             ) from None
     return means
+
+
+def _check_site(model: VAE, sites: ModelSites) -> None:
+    if list(sites.latents) != ["z"] or not hasattr(model, "decode"):
+        raise ValueError(
+            f"model: expected a VAE, with a decode method and the one latent site 'z'; got "
+            f"{type(model).__name__} with the sites {list(sites.latents)}. Draw the latents from "
+            f"the guide, and decode them as the model does."
+        )
 
 
 def reconstruct(
@@ -76,7 +94,8 @@ def reconstruct(
         the probability of each.
 
     Raises:
-        ValueError: If the rows or the pair are unfit, or ``num_samples`` is below 1.
+        ValueError: If the rows or the pair are unfit, the model is no VAE with the one latent site
+            ``"z"``, or ``num_samples`` is below 1.
 
     Example:
         >>> import torch
@@ -88,7 +107,7 @@ def reconstruct(
     check_rows(x, model, guide)
     check_count("num_samples", num_samples)
     with judging(seed, x, model, guide), torch.no_grad():
-        check_pair(model, guide, x)
+        _check_site(model, check_pair(model, guide, x))
         parts = [
             model.decode(weigh(model, guide, x, size)[1]["z"]).sum(dim=0)
             for size in draw_chunks(num_samples, x)

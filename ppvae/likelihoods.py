@@ -17,7 +17,13 @@ class Likelihood(nn.Module, ABC):
 
     Where the decoder puts out several numbers per element, they come in blocks of ``x_dim``: the
     first number of every element, then the second of every element, and so on.
+
+    Attributes:
+        of_counts: Whether rows are counts without a bound, which an encoder does well to read as
+            log(1 + x).
     """
+
+    of_counts = False
 
     @abstractmethod
     def num_outputs(self, x_dim: int) -> int:
@@ -241,6 +247,8 @@ class Poisson(Likelihood):
         tensor([-4., -4.])
     """
 
+    of_counts = True
+
     def num_outputs(self, x_dim: int) -> int:
         """One log rate per element."""
         return x_dim
@@ -276,6 +284,7 @@ class NegativeBinomial(Likelihood):
         (tensor([1., 1., 1., 1.]), tensor([1.5000, 1.5000, 1.5000, 1.5000]))
     """
 
+    of_counts = True
     _log_dispersion: Tensor
 
     def __init__(self, dispersion: float = 1.0) -> None:

@@ -287,6 +287,7 @@ class BottomUp(nn.Module):
         hidden: Widths of the hidden layers of each block.
         out_features: Sizes of the outputs :math:`o_1, \dots, o_L`.
         activation: Class of the activation between layers.
+        log_counts: Whether it reads log(1 + x) for counts x, as `LogCounts` does.
 
     Shapes:
         ``(*, in_features)`` to ``(*, sum(out_features))``: the outputs joined from the last to the
@@ -309,8 +310,11 @@ class BottomUp(nn.Module):
         hidden: Sequence[int],
         out_features: Sequence[int],
         activation: type[nn.Module] = nn.ELU,
+        *,
+        log_counts: bool = False,
     ) -> None:
         super().__init__()
+        self.log_counts = log_counts
         self.in_features, self.hidden = in_features, tuple(hidden)
         self.out_features, self.activation = tuple(out_features), activation
         if min(in_features, *self.hidden, *self.out_features, len(self.out_features)) < 1:
@@ -336,7 +340,7 @@ class BottomUp(nn.Module):
                 f"Expected rows of size {self.in_features}, shape (*, {self.in_features}); got "
                 f"{tuple(x.shape)}. Flatten the rows, or build the network for that size."
             )
-        found = []
+        x, found = torch.log1p(x) if self.log_counts else x, []
         for block, head in zip(self.blocks, self.heads, strict=True):
             x = block(x)
             found.append(head(x))
@@ -349,7 +353,8 @@ class BottomUp(nn.Module):
     def __repr__(self) -> str:
         sizes = " -> ".join(map(str, (self.in_features, *self.hidden * len(self.out_features))))
         kind = self.activation.__name__ if self.hidden else "linear"
-        return f"BottomUp({sizes}, outputs {self.out_features}, {kind})"
+        reads = ", of log(1 + x)" if self.log_counts else ""
+        return f"BottomUp({sizes}, outputs {self.out_features}, {kind}{reads})"
 
 
 class Table(nn.Module):

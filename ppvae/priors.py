@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ppvae.distributions import Mixture
 from ppvae.flows import Autoregressive, FlowTransform, check_flow
+from ppvae.isolation import evaluation_mode
 
 
 class Prior(nn.Module, ABC):
@@ -193,7 +194,7 @@ class VampPrior(Prior):
                 )
             start = torch.logit(start, eps=_INSIDE)
         self._free_pseudo_inputs = nn.Parameter(start)
-        with torch.no_grad():
+        with evaluation_mode(encoder), torch.no_grad():
             params = encoder(self.pseudo_inputs[:1])
         if tuple(params.shape) != (1, family.num_params):
             raise ValueError(

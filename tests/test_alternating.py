@@ -9,9 +9,24 @@ import torch
 import ppvae
 from ppvae import families, pairs
 from ppvae.alternating import fit_alternating
+from ppvae.distributions import TruncatedNormal
 from ppvae.families import DiagonalNormal, FullRankNormal
 from ppvae.isolation import private_store
-from ppvae.models import PPCA, DeepExponentialFamily, FactorAnalysis
+from ppvae.likelihoods import Gaussian
+from ppvae.models import PPCA, VAE, DeepExponentialFamily, FactorAnalysis
+from ppvae.nn import MLP
+from ppvae.priors import Prior, StandardNormal
+
+
+class HalfNormal(Prior):
+    """Standard normals kept to z ≥ 0."""
+
+    def __init__(self, z_dim):
+        super().__init__(z_dim)
+        self.register_buffer("zeros", torch.zeros(z_dim))
+
+    def distribution(self):
+        return TruncatedNormal(self.zeros, self.zeros + 1).to_event(1)
 
 
 def factors(size=400, x_dim=5, z_dim=1, seed=3):
@@ -66,6 +81,32 @@ def test_minibatches_reach_it_too():
     assert run.batch_size == 100
     maximum = best_factor_analysis(x)
     assert maximum - 0.02 < evidence(model, x) <= maximum + 1e-5
+
+
+@pytest.mark.parametrize("family", [FullRankNormal(2), families.TruncatedNormal(2)])
+def test_inference_is_in_eval_mode(family):
+    """The model stands still, and its dropout is off: rows go where `fit_per_datapoint` puts them.
+
+    With the decoder linear, a full-rank normal's optimum is the posterior.
+    """
+    prior, kind = StandardNormal(2), type(family).__name__
+    if kind != "FullRankNormal":
+        prior = HalfNormal(2)
+    decoder = torch.nn.Sequential(torch.nn.Dropout(0.5), MLP(2, [], 4))
+    model = VAE(4, 2, decoder, Gaussian(1.0), prior)
+    with torch.no_grad(), private_store():
+        x = model(size=6)
+    run = fit_alternating(
+        model, family, x, rounds=1, local_steps=200, lr=1e-12, batch_size=4, seed=1
+    )
+    assert run.completed
+    assert decoder[0].training
+    assert all(p.requires_grad for p in model.decoder.parameters())
+    ours = ppvae.elbo(model, run.guide, x, num_samples=4000)
+    best = ppvae.fit_per_datapoint(model, family, x).guide
+    theirs = ppvae.elbo(model, best, x, num_samples=4000)
+    error = (ours.stderr**2 + theirs.stderr**2).sqrt()
+    assert bool(((ours.value - theirs.value).abs() < 5 * error + 0.01).all())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -11,7 +11,7 @@ import ppvae
 from ppvae import pairs, plots
 from ppvae.density import NoLikelihoodError
 from ppvae.isolation import forked_rng
-from ppvae.likelihoods import Bernoulli, Gaussian
+from ppvae.likelihoods import Bernoulli, Categorical, Gaussian
 from ppvae.models import Autoencoder
 from ppvae.nn import MLP
 
@@ -47,6 +47,15 @@ def test_its_methods_are_the_two_networks():
     torch.testing.assert_close(model.log_likelihood(x), by_hand)
     assert not model.reconstruct(x).requires_grad
     assert model.log_likelihood(x).requires_grad
+
+
+def test_categories_are_given_back_as_their_probabilities():
+    model = Autoencoder(MLP(5, [], 2), MLP(2, [], 15), Categorical(3))
+    x = torch.tensor([[0.0, 1.0, 2.0, 2.0, 1.0], [2.0, 0.0, 0.0, 1.0, 1.0]])
+    probs = model.reconstruct(x)
+    assert probs.shape == (2, 5, 3)
+    chosen = probs.gather(-1, x.long()[..., None])[..., 0].log().sum(-1)
+    torch.testing.assert_close(chosen, model.log_likelihood(x).detach())
 
 
 def test_the_first_loss_is_minus_the_log_likelihood_of_the_rows():
@@ -133,6 +142,11 @@ def test_it_is_no_generative_process(options):
 def test_bad_arguments_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.randn(9, 5))
+
+
+def test_rows_of_another_dtype_are_named():
+    with pytest.raises(ValueError, match=r"torch.float64 but .* Autoencoder have torch.float32"):
+        ppvae.fit_autoencoder(linear().float(), torch.randn(30, 5).double(), progress=False)
 
 
 def test_nothing_to_train_is_named():

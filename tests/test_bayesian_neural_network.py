@@ -393,6 +393,16 @@ def test_at_gives_a_model_that_compare_takes_apart():
         model.at(torch.zeros(11))
 
 
+def test_at_keeps_every_digit_of_the_noise():
+    model = BayesianNeuralNetwork(1, 2, (3,), latent_dim=1).double()
+    with torch.no_grad(), private_store():
+        model.noise_unconstrained.copy_(torch.tensor([1 / 3, -1 / 7]).double() + 1e-12)
+        held = model.at(torch.zeros(model.num_weights))
+        assert held.noise.dtype == torch.float64
+        assert torch.equal(held.noise, model.noise)
+    assert not held.noise_unconstrained.requires_grad
+
+
 def test_a_linear_network_with_latent_inputs_is_exact():
     model = LatentInputNetwork(2, 3, 2, (), noise=torch.tensor([0.5, 1.0, 0.2])).double()
     with torch.no_grad(), private_store():
@@ -411,6 +421,9 @@ def test_a_linear_network_with_latent_inputs_is_exact():
 def test_the_nonlinear_evidence_is_no_attribute_and_quadrature_bounds_the_elbo():
     model, guide = pairs.latent_input_network(1, 1, 1, (5,))
     assert getattr(model, "log_evidence", None) is None
+    assert not hasattr(model, "log_evidence")
+    with pytest.raises(AttributeError, match=r"needs a linear network.*hidden=\(5,\)"):
+        model.log_evidence(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="hidden=\\(5,\\)"):
         model.posterior(torch.zeros(2, 2))
     with torch.no_grad(), private_store():

@@ -135,6 +135,29 @@ def test_the_density_of_a_draw_made_without_gradients_has_all_of_its_derivative(
     torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.parametrize("scores_fast", [False, True])
+def test_the_density_of_a_draw_has_a_derivative_in_the_draw(scores_fast):
+    flow = Autoregressive(3, 2, (8,)).double()
+    normal = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
+    member = dist.TransformedDistribution(normal, [FlowTransform(flow, scores_fast=scores_fast)])
+    z = member.sample((4,)).requires_grad_()
+    other = z.detach().clone().requires_grad_()
+    for _ in range(2):
+        (ours,) = torch.autograd.grad(member.log_prob(z).sum(), z)
+        (truth,) = torch.autograd.grad(member.log_prob(other).sum(), other)
+        torch.testing.assert_close(ours, truth)
+
+
+def test_a_draw_with_its_graph_is_scored_without_undoing_the_map(monkeypatch):
+    flow = Autoregressive(3, 2, (8,)).double()
+    normal = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
+    member = dist.TransformedDistribution(normal, [FlowTransform(flow)])
+    z = member.rsample((4,))
+    monkeypatch.setattr(Autoregressive, "inverse", None)
+    u = member.transforms[0].inv(z)
+    torch.testing.assert_close(member.log_prob(z), normal.log_prob(u) - flow(u)[1])
+
+
 def test_a_flow_of_one_element_is_refused():
     for make in (lambda: Flow(1), lambda: Flow(None), lambda: ConditionalFlow(1, 2)):
         with pytest.raises(ValueError, match=r"Flow: .* at least 2.*got 1.*DiagonalNormal"):

@@ -188,6 +188,18 @@ def test_guides_of_other_kinds():
     assert float(((ours - model.decode(loc)).abs() / error).max()) < 4.5
 
 
+def test_models_with_other_sites_are_refused():
+    x = torch.ones(3, 6)
+    model, guide = pairs.deep_latent_gaussian(6, (3, 2), [4])
+    for call in (reconstruct, posterior_means):
+        with pytest.raises(ValueError, match=r"DeepLatentGaussian.*\['z_2', 'z_1'\]"):
+            call(model, guide, x)
+    model, guide = pairs.deep_latent_gaussian(6, (2,), [4])  # One layer is a VAE.
+    decoder = model.decoders[0]
+    vae = VAE(6, 2, decoder, Bernoulli())
+    torch.testing.assert_close(reconstruct(model, guide, x), reconstruct(vae, guide, x))
+
+
 def test_what_is_unfit_is_refused():
     model, guide = pairs.vae(6, 2, [8])
     x, z = torch.ones(3, 6), torch.zeros(3, 2)

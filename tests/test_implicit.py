@@ -105,6 +105,16 @@ def test_the_refusal_is_a_class_of_its_own_and_comes_through_unwrapped(judged):
             call()
 
 
+def test_rows_of_another_dtype_than_either_network_are_named():
+    x, single, double = torch.randn(20, 6), implicit().float(), MLP(6, [], 1).double()
+    with pytest.raises(
+        ValueError, match=r"x has dtype torch.float32 but .* MLP have torch.float64"
+    ):
+        ppvae.fit_adversarial(single, double, x.float(), progress=False)
+    with pytest.raises(ValueError, match=r"float64 but .* ImplicitModel have torch.float32"):
+        ppvae.fit_adversarial(single, double, x.double(), progress=False)
+
+
 def test_a_normal_is_found_by_a_linear_discriminator():
     """G(z) = z + b against data of mean 3: a linear D sees the mean alone, and is blind at b = 3.
 

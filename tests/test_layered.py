@@ -15,7 +15,7 @@ from ppvae.distributions import Weibull
 from ppvae.families import DiagonalNormal
 from ppvae.guides import Amortized, TopDown
 from ppvae.isolation import private_store
-from ppvae.likelihoods import Bernoulli, Gaussian
+from ppvae.likelihoods import Bernoulli, Categorical, Gaussian
 from ppvae.models import VAE, DeepExponentialFamily, DeepLatentGaussian, FactorAnalysis
 from ppvae.nn import MLP, BottomUp
 
@@ -175,6 +175,13 @@ def test_three_layers_are_named_from_x_upwards_and_drawn_from_the_top():
     assert list(drawn) == [name for name in trace.nodes if name.startswith("z_")]
 
 
+def test_categories_are_decoded_to_their_probabilities():
+    model, _ = pairs.deep_latent_gaussian(4, (3, 2), [5], Categorical(3))
+    z = torch.randn(6, 3)
+    logits = model.decoders[0](z).detach().reshape(6, 3, 4)  # Category by category.
+    torch.testing.assert_close(model.decode(z), torch.softmax(logits, dim=1).mT)
+
+
 def test_activations_of_the_lecture():
     """f(z) = W σ(V z) + b."""
     model, _ = pairs.deep_latent_gaussian(6, (4, 2), (3,), activation=torch.nn.Sigmoid)
@@ -308,6 +315,17 @@ def test_counts_have_the_mean_of_the_weights():
     with private_store():
         mean = (model.weight_0 @ model.weight_1.sum(1)).detach()  # The deepest layer has mean 1.
     assert sigmas(x.mean(0), mean, x.std(0) / math.sqrt(size)) < 5
+
+
+def test_large_counts_keep_their_probability_in_single_precision():
+    model = DeepExponentialFamily(1, (1,), weights=[torch.ones(1, 1)], background=0.0)
+    x = torch.logspace(0, 7, 15).round()[:, None]
+    z, prior = x.clone(), stats.gamma(0.3, scale=1 / 0.3)
+    ours = ppvae.log_joint(model, x, {"z": z}).detach()
+    counts = x[:, 0].double().numpy()
+    likelihood = stats.poisson(counts).logpmf(counts)
+    # The prior's −0.3 z is of the size of the count; its own rounding is allowed for.
+    np.testing.assert_allclose(ours, likelihood + prior.logpdf(counts), rtol=1e-6, atol=1e-4)
 
 
 def draws_of(model, size):

@@ -144,6 +144,55 @@ def test_a_negative_binomials_gradient(dispersion):
     assert torch.autograd.gradcheck(density, (log_mean, log_dispersion))
 
 
+def test_large_counts_keep_their_probability_in_single_precision():
+    """x η, e^η and log x! are 10⁸ where log p(x) is −9; inputs are rounded alike on both sides."""
+    x = torch.logspace(0, 7, 29).round()
+    for shift in (0.0, 3.0):  # In standard deviations, off the mode.
+        log_rate = (x + shift * x.sqrt()).log().requires_grad_()
+        eta, counts = log_rate.detach().double().numpy(), x.double().numpy()
+        ours = distributions.Poisson(log_rate).log_prob(x)
+        assert ours.dtype == torch.float32
+        expected = counts * eta - np.exp(eta)
+        expected -= special.gammaln(counts + 1)
+        np.testing.assert_allclose(ours.detach(), expected, rtol=1e-6, atol=1e-6)
+        (slope,) = torch.autograd.grad(ours.sum(), log_rate)
+        np.testing.assert_allclose(slope, counts - np.exp(eta), rtol=1e-6, atol=1e-6)
+        rate = log_rate.detach().exp()
+        ours = distributions.PoissonOfRate(rate).log_prob(x)
+        theirs = stats.poisson(rate.double().numpy()).logpmf(counts)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+        ours = distributions.NegativeBinomial(log_rate.detach(), torch.tensor(-1.0)).log_prob(x)
+        r, mean = math.e, np.exp(eta)
+        theirs = stats.nbinom(r, r / (r + mean)).logpmf(counts)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("log_dispersion", [-1000.0, -100.0, -88.0, 88.0, 90.0, 1000.0])
+def test_a_negative_binomial_of_extreme_dispersion_is_that_of_the_bound(log_dispersion):
+    bound = math.copysign(30.0, log_dispersion)
+    log_mean = torch.tensor(1.0, requires_grad=True)
+    given = torch.tensor(log_dispersion, requires_grad=True)
+    ours = distributions.NegativeBinomial(log_mean, given).log_prob(COUNTS.float())
+    alpha = math.exp(bound)
+    expected = [
+        x
+        - math.lgamma(x + 1)
+        + rising(alpha, int(x))
+        - (1 / alpha + x) * math.log1p(alpha * math.e)
+        for x in COUNTS.tolist()
+    ]
+    np.testing.assert_allclose(ours.detach(), expected, rtol=1e-6, atol=1e-6)
+    slopes = torch.autograd.grad(ours.sum(), (log_mean, given))
+    # d log p / d log μ = (x − μ) / (1 + α μ).
+    expected = float(((COUNTS - math.e) / (1 + alpha * math.e)).sum())
+    assert float(slopes[0]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert float(slopes[1]) == 0.0
+    if bound < 0:
+        np.testing.assert_allclose(
+            ours.detach(), stats.poisson(math.e).logpmf(COUNTS), rtol=1e-6, atol=1e-6
+        )
+
+
 def test_draws_of_counts_have_their_moments():
     output = torch.tensor([-0.5, 1.0, 3.0]).double()
     for likelihood in (Poisson(), NegativeBinomial(0.4).double(), NegativeBinomial(1e-3).double()):

@@ -1,5 +1,7 @@
 """Convolutional networks: what a pixel is, what the layout is, which sizes are refused."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -153,8 +155,17 @@ def test_encoders_of_counts_read_their_logarithms():
             assert isinstance(guide.encoder, LogCounts)
             expected = guide.encoder.network(torch.log(1 + x))
             torch.testing.assert_close(guide.params(x), expected)
+        for top_down in (False, True):
+            _, guide = ppvae.pairs.deep_latent_gaussian(
+                4, (2, 1), [5], likelihood, top_down=top_down
+            )
+            logs = copy.deepcopy(guide.encoder)
+            logs.log_counts = False
+            torch.testing.assert_close(guide.encoder(x), logs(torch.log(1 + x)))
     _, guide = ppvae.pairs.vae(4, 2, [5], Categorical(3))
     assert isinstance(guide.encoder, MLP)
+    _, guide = ppvae.pairs.deep_latent_gaussian(4, (2, 1), [5], Categorical(3))
+    assert not guide.encoder.log_counts
 
 
 def test_positional_arguments_of_a_pair_are_what_they_were():

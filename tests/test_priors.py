@@ -17,7 +17,7 @@ from ppvae.families import DiagonalNormal, Flow, FullRankNormal, Given
 from ppvae.guides import per_datapoint
 from ppvae.isolation import forked_rng, private_store
 from ppvae.likelihoods import Bernoulli, Gaussian
-from ppvae.models import VAE
+from ppvae.models import VAE, DeepLatentGaussian, ImplicitModel
 from ppvae.nn import MLP
 from ppvae.priors import FlowPrior, NormalMixture, StandardNormal, VampPrior
 
@@ -260,6 +260,33 @@ def test_a_flow_learns_a_bent_density():
     own, normal = entropies(z, log_density[:, 0])
     assert normal > own + 1.0
     assert fitted < own + 0.15
+
+
+def test_networks_are_tried_out_without_a_trace():
+    """Neither running statistics, the caller's generator nor the mode: and one row is enough."""
+
+    def network(out):
+        parts = (torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5), torch.nn.Linear(2, out))
+        return torch.nn.Sequential(*parts)
+
+    family = DiagonalNormal(2)
+    tried = {
+        "VAE": (network(6), lambda net: VAE(6, 2, net, Bernoulli())),
+        "VampPrior": (network(4), lambda net: VampPrior(net, family, torch.ones(1, 2))),
+        "DeepLatentGaussian": (
+            network(6),
+            lambda net: DeepLatentGaussian(6, (2,), [net], Bernoulli()),
+        ),
+        "ImplicitModel": (network(6), lambda net: ImplicitModel(net, 2, 6)),
+    }
+    for net, make in tried.values():
+        kept = copy.deepcopy(net.state_dict())
+        state = torch.get_rng_state()
+        make(net)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(kept[name], value) for name, value in net.state_dict().items())
+        assert all(part.training for part in net.modules())
+        assert all(p.requires_grad for p in net.parameters())
 
 
 def test_what_does_not_fit_is_refused():

@@ -79,13 +79,15 @@ class Autoencoder(OwnedModule):
         return z
 
     def decode(self, z: Tensor) -> Tensor:
-        """The mean of x given codes, ``(*, x_dim)``, without gradient."""
+        """The mean of x given codes, ``(*, x_dim)``, without gradient.
+
+        With a `Categorical` likelihood the probabilities of the categories, ``(*, x_dim, K)``.
+        """
         with torch.no_grad():
-            mean: Tensor = self.likelihood.distribution(self.decoder(z)).mean
-        return mean
+            return self.likelihood.mean(self.decoder(z))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of x given the codes of rows, in the rows' shape, without gradient."""
+        """The mean of x given the codes of rows, as `decode` gives it, without gradient."""
         return self.decode(self.code(x))
 
     def __repr__(self) -> str:

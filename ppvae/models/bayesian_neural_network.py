@@ -261,8 +261,17 @@ class LatentInputNetwork(_Network):
         columns of its matrix that belong to z. With hidden layers there is no such attribute.
         """
         if self.hidden:
-            raise AttributeError("log_evidence needs a linear network, hidden=().")
+            raise AttributeError("log_evidence")
         return self._log_evidence
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here once the property has raised, and drops what the property said.
+        if name == "log_evidence":
+            raise AttributeError(
+                f"log_evidence needs a linear network, hidden=(); this one has "
+                f"hidden={self.hidden}. Use ppvae.quadrature or ppvae.iwae."
+            )
+        return super().__getattr__(name)
 
     def _log_evidence(self, x: Tensor) -> Tensor:
         offset, loadings = self._linear(x)
@@ -408,7 +417,7 @@ class BayesianNeuralNetwork(_Network):
                 "at: a network without latent inputs has no latent but its weights, so that "
                 "nothing is left to infer once they are held. Build it with latent_dim >= 1."
             )
-        return LatentInputNetwork(
+        held = LatentInputNetwork(
             self.x_dim,
             self.y_dim,
             self.latent_dim,
@@ -417,6 +426,10 @@ class BayesianNeuralNetwork(_Network):
             noise=self.noise.detach(),
             activation=type(self.activation),
         ).to(self.prior_sd)
+        # The constructor rounds to the default dtype.
+        unconstrained: Any = held.noise_unconstrained
+        unconstrained.data.copy_(self.noise_unconstrained)
+        return held
 
     def predict(
         self,

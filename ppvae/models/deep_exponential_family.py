@@ -13,6 +13,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from ppvae.distributions import PoissonOfRate
 from ppvae.isolation import OwnedModule, plate_size
 from ppvae.models.deep_latent_gaussian import layer_sites
 
@@ -29,7 +30,9 @@ class DeepExponentialFamily(OwnedModule):
     Gamma distributions are given by shape and rate: layer l has mean :math:`W_l z_{l+1} +
     \epsilon`. A shape below 1 makes a latent sparse, most of it near zero. The weights are
     positive and learned. With one latent of one element and :math:`\epsilon = 0`, counts are
-    negative binomial and the posterior is a gamma distribution.
+    negative binomial and the posterior is a gamma distribution. With up to two latent elements
+    `ppvae.quadrature` has the evidence to the error that it reports, in float64; that error grows
+    as the shape falls, and is infinite at small shapes.
 
     A gamma variable of shape 0.1 and rate 1 is below the smallest normal number of float32,
     1.2e-38, about twice in ten thousand draws. Torch puts such a draw at that number (divided by
@@ -125,7 +128,7 @@ class DeepExponentialFamily(OwnedModule):
                 if number:
                     shape = torch.full_like(mean, self.shape[number - 1])
                     prior = dist.Gamma(shape, shape / mean)
-            return pyro.sample("x", dist.Poisson(mean).to_event(1), obs=x)
+            return pyro.sample("x", PoissonOfRate(mean).to_event(1), obs=x)
 
     def _mean(self, z: Tensor, weight: Tensor) -> Tensor:
         # Without a background the product of two small numbers may be no number but 0.

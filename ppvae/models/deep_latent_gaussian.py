@@ -12,7 +12,7 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ppvae.isolation import OwnedModule, plate_size
+from ppvae.isolation import OwnedModule, evaluation_mode, plate_size
 from ppvae.likelihoods import Likelihood
 
 
@@ -105,10 +105,12 @@ class DeepLatentGaussian(OwnedModule):
             return pyro.sample("x", self.likelihood.distribution(loc), obs=x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The mean of x given the latent nearest to it, ``(*, x_dim)``, without gradient."""
+        """The mean of x given the latent nearest to it, ``(*, x_dim)``, without gradient.
+
+        With a `Categorical` likelihood the probabilities of the categories, ``(*, x_dim, K)``.
+        """
         with torch.no_grad():
-            mean: Tensor = self.likelihood.distribution(self.decoders[0](z)).mean
-        return mean
+            return self.likelihood.mean(self.decoders[0](z))
 
     def __repr__(self) -> str:
         return (
@@ -137,7 +139,7 @@ def layer_sites(z_dims: Sequence[int]) -> tuple[str, ...]:
 
 
 def _check_decoder(decoder: nn.Module, number: int, size: int, expected: int) -> None:
-    with torch.no_grad():
+    with evaluation_mode(decoder), torch.no_grad():
         start = next(decoder.parameters(), torch.zeros(()))
         output = decoder(start.new_zeros(2, size))
     if tuple(output.shape) != (2, expected):

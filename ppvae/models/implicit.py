@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppvae.density import NoLikelihoodError
-from ppvae.isolation import OwnedModule, plate_size
+from ppvae.isolation import OwnedModule, evaluation_mode, plate_size
 
 
 class ImplicitModel(OwnedModule):
@@ -46,7 +46,8 @@ class ImplicitModel(OwnedModule):
             raise ValueError(f"x_dim and z_dim must be positive; got {x_dim} and {z_dim}.")
         self.z_dim, self.x_dim = z_dim, x_dim
         self.generator = generator
-        shape = tuple(self.decode(self._like().new_zeros(2, z_dim)).shape)
+        with evaluation_mode(generator):
+            shape = tuple(self.decode(self._like().new_zeros(2, z_dim)).shape)
         if shape != (2, x_dim):
             raise ValueError(
                 f"generator: expected outputs of shape (batch, {x_dim}) for x_dim={x_dim}; got "

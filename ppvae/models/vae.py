@@ -7,7 +7,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
-from ppvae.isolation import OwnedModule, plate_size
+from ppvae.isolation import OwnedModule, evaluation_mode, plate_size
 from ppvae.likelihoods import Likelihood
 from ppvae.priors import Prior, StandardNormal
 
@@ -55,7 +55,7 @@ class VAE(OwnedModule):
         self.x_dim, self.z_dim = x_dim, z_dim
         self.decoder = decoder
         self.likelihood = likelihood
-        with torch.no_grad():
+        with evaluation_mode(decoder), torch.no_grad():
             start = next((p for p in decoder.parameters()), torch.zeros(()))
             self.prior = StandardNormal(z_dim).to(start) if prior is None else prior
             output = decoder(start.new_zeros(2, z_dim))

@@ -11,7 +11,7 @@ from ppvae.guides import Amortized, TopDown
 from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood
 from ppvae.models import DeepExponentialFamily, DeepLatentGaussian
 from ppvae.models.deep_latent_gaussian import layer_sites
-from ppvae.nn import MLP, BottomUp, LogCounts
+from ppvae.nn import MLP, BottomUp
 from ppvae.pairs.building import amortized
 
 
@@ -38,7 +38,8 @@ def deep_latent_gaussian(
         hidden: Widths of the hidden layers between two layers of latents, in the model and (from
             x upwards) in the guide; empty for linear maps.
         likelihood: ``"bernoulli"`` for rows of 0 and 1, ``"gaussian"`` for real rows with one
-            learned scale, or a `ppvae.likelihoods.Likelihood`.
+            learned scale, or a `ppvae.likelihoods.Likelihood`. Where that is one of counts, the
+            encoder reads log(1 + x).
         family: A family for each latent site, `DiagonalNormal` if left out; of the bottom-up
             guide alone.
         top_down: Whether the guide is top-down; that of one layer is not.
@@ -76,11 +77,16 @@ def deep_latent_gaussian(
                 f"family: a top-down guide has normal layers; got {dict(family)}. Leave it out, or "
                 f"name it where the guide is measured: ppvae.compare(..., family=...)."
             )
-        encoder = BottomUp(x_dim, hidden, [2 * size for size in z_dims], activation)
+        sizes = [2 * size for size in z_dims]
+        counts = likelihood.of_counts
+        encoder = BottomUp(x_dim, hidden, sizes, activation, log_counts=counts)
         return model, TopDown(sites, z_dims, encoder, hidden, activation)
     if family is None:
         family = {site: DiagonalNormal(size) for site, size in zip(sites, z_dims, strict=True)}
-    return model, _bottom_up(model, sites, family, x_dim, hidden, activation)
+    guide = _bottom_up(
+        model, sites, family, x_dim, hidden, activation, log_counts=likelihood.of_counts
+    )
+    return model, guide
 
 
 def _bottom_up(
@@ -91,12 +97,11 @@ def _bottom_up(
     hidden: Sequence[int],
     activation: type[nn.Module],
     *,
-    counts: bool = False,
+    log_counts: bool,
 ) -> Amortized:
     """A guide with independent layers, which it draws in the model's order."""
     sizes = [family[site].num_params if site in family else 1 for site in sites]
-    network = BottomUp(x_dim, hidden, sizes, activation)
-    encoder: nn.Module = LogCounts(network) if counts else network
+    encoder = BottomUp(x_dim, hidden, sizes, activation, log_counts=log_counts)
     ordered = dict(family)
     if set(family) == set(sites):
         ordered = {site: family[site] for site in reversed(sites)}
@@ -138,5 +143,5 @@ def deep_exponential_family(
         )
     model = DeepExponentialFamily(x_dim, z_dims, shape=shape)
     families = {site: family(size) for site, size in zip(model.sites, z_dims, strict=True)}
-    guide = _bottom_up(model, model.sites, families, x_dim, hidden, activation, counts=True)
+    guide = _bottom_up(model, model.sites, families, x_dim, hidden, activation, log_counts=True)
     return model, guide

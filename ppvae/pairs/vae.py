@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppvae.families import DiagonalNormal, Family
 from ppvae.guides import Amortized
-from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood, NegativeBinomial, Poisson
+from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood
 from ppvae.models import VAE
 from ppvae.nn import MLP, ConvDecoder, ConvEncoder, LogCounts
 from ppvae.pairs.building import amortized
@@ -95,7 +95,7 @@ def vae(
         per_pixel = outputs // x_dim
         decoder = ConvDecoder(z_dim, image_shape, per_pixel, channels[::-1], back, activation)
         encoder = ConvEncoder(image_shape, family.num_params, channels, hidden, activation)
-    if isinstance(likelihood, Poisson | NegativeBinomial):
+    if likelihood.of_counts:
         encoder = LogCounts(encoder)
     if pseudo_inputs is not None:
         if not isinstance(likelihood, Bernoulli | Gaussian):
