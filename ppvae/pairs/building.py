@@ -12,6 +12,7 @@ from ppvae.baselines import Baseline
 from ppvae.density import judging, read_model
 from ppvae.families import Family, in_order
 from ppvae.guides import Amortized
+from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood
 
 
 def amortized(
@@ -39,3 +40,20 @@ def amortized(
     for name, each in family.items():
         each.check_site(sites[name])
     return Amortized(family, encoder, baseline=baseline)
+
+
+def likelihood_of(given: str | Likelihood) -> Likelihood:
+    """A likelihood, or one of the two that have a name.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(given, Likelihood):
+        return given
+    if given == "bernoulli":
+        return Bernoulli()
+    if given == "gaussian":
+        return Gaussian.learned()
+    raise ValueError(
+        f"likelihood: expected 'bernoulli', 'gaussian' or a Likelihood; got {given!r}."
+    )

@@ -8,11 +8,11 @@ from torch import nn
 
 from ppvae.families import DiagonalNormal, Family, Gamma
 from ppvae.guides import Amortized, TopDown
-from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood
+from ppvae.likelihoods import Likelihood
 from ppvae.models import DeepExponentialFamily, DeepLatentGaussian
 from ppvae.models.deep_latent_gaussian import layer_sites
 from ppvae.nn import MLP, BottomUp
-from ppvae.pairs.building import amortized
+from ppvae.pairs.building import amortized, likelihood_of
 
 
 def deep_latent_gaussian(
@@ -58,12 +58,7 @@ def deep_latent_gaussian(
         >>> ladder
         TopDown(BottomUp(64 -> 16 -> 16, outputs (8, 4), ReLU), sites=('z_1', 'z_2'))
     """
-    if isinstance(likelihood, str):
-        if likelihood not in ("bernoulli", "gaussian"):
-            raise ValueError(
-                f"likelihood: expected 'bernoulli', 'gaussian' or a Likelihood; got {likelihood!r}."
-            )
-        likelihood = Bernoulli() if likelihood == "bernoulli" else Gaussian.learned()
+    likelihood = likelihood_of(likelihood)
     sites = layer_sites(z_dims)
     outputs = (likelihood.num_outputs(x_dim), *z_dims[:-1])
     decoders = [

@@ -9,10 +9,10 @@ from torch import nn
 from ppvae.classification import SemisupervisedEncoder
 from ppvae.families import Categorical, DiagonalNormal, Family, Given
 from ppvae.guides import Amortized
-from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood
+from ppvae.likelihoods import Likelihood
 from ppvae.models import SemisupervisedVAE
 from ppvae.nn import MLP, MLPByClass
-from ppvae.pairs.building import amortized
+from ppvae.pairs.building import amortized, likelihood_of
 
 
 def semisupervised_vae(
@@ -56,12 +56,7 @@ def semisupervised_vae(
         >>> ppvae.fit(model, guide, x, loss=loss, steps=5, progress=False).status
         'completed 5 steps'
     """
-    if isinstance(likelihood, str):
-        if likelihood not in ("bernoulli", "gaussian"):
-            raise ValueError(
-                f"likelihood: expected 'bernoulli', 'gaussian' or a Likelihood; got {likelihood!r}."
-            )
-        likelihood = Bernoulli() if likelihood == "bernoulli" else Gaussian.learned()
+    likelihood = likelihood_of(likelihood)
     outputs = likelihood.num_outputs(x_dim)
     decoder = MLP(num_classes + z_dim, list(hidden)[::-1], outputs, activation)
     model = SemisupervisedVAE(x_dim, z_dim, num_classes, decoder, likelihood, labelled=labelled)

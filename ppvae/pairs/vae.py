@@ -13,7 +13,7 @@ from ppvae.guides import Amortized
 from ppvae.likelihoods import Bernoulli, Gaussian, Likelihood
 from ppvae.models import VAE
 from ppvae.nn import MLP, ConvDecoder, ConvEncoder, LogCounts
-from ppvae.pairs.building import amortized
+from ppvae.pairs.building import amortized, likelihood_of
 from ppvae.priors import Prior, VampPrior
 
 
@@ -67,12 +67,7 @@ def vae(
         >>> guide.encoder
         ConvEncoder(1 x 8 x 8 -> 4 x 4 x 4 -> 8 x 2 x 2 -> 100 -> 16, ELU)
     """
-    if isinstance(likelihood, str):
-        if likelihood not in ("bernoulli", "gaussian"):
-            raise ValueError(
-                f"likelihood: expected 'bernoulli', 'gaussian' or a Likelihood; got {likelihood!r}."
-            )
-        likelihood = Bernoulli() if likelihood == "bernoulli" else Gaussian.learned()
+    likelihood = likelihood_of(likelihood)
     if prior is not None and pseudo_inputs is not None:
         raise ValueError(
             f"prior: pseudo_inputs make a VampPrior, but prior is {prior!r}. Give one of them."
