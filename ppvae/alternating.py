@@ -8,7 +8,6 @@ stands still, and then moves the model's parameters :math:`\theta` while these s
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ from ppvae.isolation import (
 )
 from ppvae.local import by_site
 from ppvae.natural import GaussianElbo, whitened_draws
-from ppvae.training import Batches, RowAdam, Run, tensor_batches
+from ppvae.training import Batches, RowAdam, Run, tensor_batches, without_warnings
 
 _DRAWS = 16
 # The part of a full natural-gradient step that is taken: the rest averages over draws.
@@ -144,9 +143,7 @@ def fit_alternating(
     began = seconds_now()
     check_rows(x, model)
     x = x.detach()
-    with private_store(keep_bare=True), forked_rng(seed, x.device), warnings.catch_warnings():
-        # Pyro warns of every frozen parameter; the table is frozen for the model's step.
-        warnings.filterwarnings("ignore", ".* because requires_grad=False", UserWarning)
+    with private_store(keep_bare=True), forked_rng(seed, x.device), without_warnings():
         with evaluation_mode(model), torch.no_grad():
             sites = read_model(model, x[:batch_size])
             families = _families(by_site(family, sites), list(sites.latents))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -174,9 +174,7 @@ def fit(
         module.to(device=device, dtype=dtype)
     where = torch.device(device or device_of(*modules) or "cpu")
     began = seconds_now(where)
-    with private_store(keep_bare=True), forked_rng(seed, where), warnings.catch_warnings():
-        # Pyro warns of every frozen parameter; freezing one is a choice here.
-        warnings.filterwarnings("ignore", ".* because requires_grad=False", UserWarning)
+    with private_store(keep_bare=True), forked_rng(seed, where), without_warnings():
         batches = _batches(x, batch_size, device, dtype, modules, guide)
         first, rows = next(batches)
         # In eval mode: reading the pair must not move the running statistics of batch norm.
@@ -217,6 +215,17 @@ def _check_families(model: Program, guide: Program, x: Tensor) -> None:
         sites = read_model(model, x)
         for name, family in guide.families.items():
             family.check_site(sites.latents[name])
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Run without Pyro's warnings of what a run answers for itself."""
+    with warnings.catch_warnings():
+        # Of every frozen parameter, where freezing one is a choice.
+        warnings.filterwarnings("ignore", ".* because requires_grad=False", UserWarning)
+        # Of a loss that is no number: the run ends there, and its status says so.
+        warnings.filterwarnings("ignore", "Encountered (NaN|[+-]?inf)", UserWarning)
+        yield
 
 
 def _default_loss(guide: Program, x: Tensor) -> ELBO:

@@ -220,8 +220,8 @@ def gradients(model, x, loss, guide, wrap):
 
 
 def test_the_score_function_gradient_is_unbiased():
-    """Of 4000 copies of a row each has a draw of its own: their mean is the exact gradient."""
-    model, copies = given().double(), 4000
+    """Of 8000 copies of a row each has a draw of its own: their mean is the exact gradient."""
+    model, copies = given().double(), 8000
     x = rows(model, 2)
     logits = torch.tensor([[0.5, -0.3, 0.1], [0.0, 1.0, -0.5]], dtype=torch.float64)
     free = logits.clone().requires_grad_()
