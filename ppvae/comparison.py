@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae.configurations import MOST_CONFIGURATIONS, is_discrete, num_configurations
+from ppvae.configurations import MOST_CONFIGURATIONS, num_configurations
 from ppvae.density import (
     ModelSites,
     Program,
@@ -373,7 +373,7 @@ def _evidence(
         return Estimate(value, torch.zeros_like(value), "exact", "exact")
     if num_configurations(sites) <= MOST_CONFIGURATIONS:
         return enumeration(model, x)
-    if sites.size <= 2 and not any(map(is_discrete, sites.latents.values())):
+    if sites.size <= 2 and not any(s.is_discrete for s in sites.latents.values()):
         integral = quadrature(model, x)
         if bool((integral.stderr < _LARGEST_QUADRATURE_ERROR).all()):
             return integral

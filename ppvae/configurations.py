@@ -16,11 +16,6 @@ MOST_CONFIGURATIONS = 2**14
 """Above this, sums over all configurations give way to sampling."""
 
 
-def is_discrete(site: LatentSite) -> bool:
-    """Whether the site's values are discrete."""
-    return bool(getattr(site.support, "is_discrete", False))
-
-
 def num_classes(site: LatentSite) -> int | None:
     """How many values an element of the site has; `None` if infinitely many.
 
@@ -42,7 +37,7 @@ def _base(site: LatentSite) -> Any:
 
 def _limits(site: LatentSite) -> tuple[int | None, int | None]:
     support = _base(site)
-    if not is_discrete(site):
+    if not site.is_discrete:
         return None, None
     if support is constraints.boolean:
         return 0, 1

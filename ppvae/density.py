@@ -63,6 +63,11 @@ class LatentSite:
     family: str
 
     @property
+    def is_discrete(self) -> bool:
+        """Whether the variable's values are discrete."""
+        return bool(getattr(self.support, "is_discrete", False))
+
+    @property
     def size(self) -> int:
         """Number of elements of the variable of one datum."""
         return int(torch.Size(self.event_shape).numel())
@@ -475,7 +480,7 @@ def _behind_a_delta(
     site: GuideSite, latent: LatentSite, auxiliary: list[dict[str, Any]]
 ) -> GuideSite:
     """The auxiliary draw that a Delta is a transform of; the site as it is if there is none."""
-    if getattr(latent.support, "is_discrete", False):
+    if latent.is_discrete:
         return site
     transform = to_unconstrained(latent)
     # Of the value's shape: bounds may differ between rows.
@@ -781,7 +786,7 @@ def to_unconstrained(site: LatentSite) -> Any:
     Raises:
         ValueError: If the support is discrete or unknown to torch.
     """
-    if getattr(site.support, "is_discrete", False):
+    if site.is_discrete:
         raise ValueError(
             f"Site {site.name!r} ({site.family}) is discrete, so it has no density on the reals."
         )

@@ -280,8 +280,7 @@ def _prior_variances(
     found = []
     for site in sites:
         z = torch.cat([draws[site.name].reshape(-1, site.size) for draws in chunks]).double()
-        discrete = getattr(site.support, "is_discrete", False)
-        found.append(_moment_variance(z) if discrete else _quantile_variance(z))
+        found.append(_moment_variance(z) if site.is_discrete else _quantile_variance(z))
     variances, stderrs = zip(*found, strict=True)
     return torch.cat(variances), torch.cat(stderrs)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppvae.configurations import configurations
+from ppvae.configurations import MOST_CONFIGURATIONS, configurations
 from ppvae.density import LatentSite, Program, joint
 from ppvae.families import (
     Categorical,
@@ -33,13 +33,13 @@ _ADAM_STEPS = 200
 _NEAR = 0.5
 # The Fisher matrix costs P² per row: families with more parameters rely on Adam alone.
 _MOST_FISHER = 64
-# Each costs an evaluation of the model at all draws, or with discrete latents alone a single one.
-_MOST_CONFIGURATIONS, _MOST_IN_TABLE = 256, 2**14
+# Beside other latents each costs an evaluation of the model at all draws.
+_MOST_BESIDE_OTHERS = 256
 # Directions of λ with less than this part of the largest information move the distribution not:
 # in families that may have more parameters than they need, and in all, by rounding.
 _IDLE, _ROUNDED = 1e-4, 1e-9
 # Log probability below which a discrete value is none that q would draw.
-_NEVER = -69.0
+NEVER = -69.0
 _ROUND, _ROUNDS = 20, 3
 _CHECK_PASSES = 8
 # Nats that a natural-gradient step may lose on its draws: near the optimum that is noise.
@@ -77,7 +77,7 @@ class LocalElbo:
             return self._weigh(x, parts, {}, num_draws, still=still)
         # Discrete latents are summed over, so that what is left is differentiable in λ.
         alone = len(discrete) == len(self.families)
-        most = _MOST_IN_TABLE if alone and params.dim() == 2 else _MOST_CONFIGURATIONS
+        most = MOST_CONFIGURATIONS if alone and params.dim() == 2 else _MOST_BESIDE_OTHERS
         table = _values_of(discrete, x, most)
         if alone:
             weight = self._at_all(x, parts, table, still=still)
@@ -91,7 +91,7 @@ class LocalElbo:
             log_q = _log_prob(discrete, parts, chosen)
             weight = self._weigh(x, parts, chosen, num_draws, still=still)
             term = log_q.exp() * (weight - (log_q.detach() if still else log_q))
-            total = total + torch.where(log_q > _NEVER, term, 0.0)
+            total = total + torch.where(log_q > NEVER, term, 0.0)
         return total
 
     def _at_all(
@@ -116,7 +116,7 @@ class LocalElbo:
         log_q = _log_prob(families, parts, values)
         term = log_q.exp() * (log_p - (log_q.detach() if still else log_q))
         # What q never draws counts for nothing, also where it is impossible.
-        return torch.where(log_q > _NEVER, term, 0.0).sum(dim=0)
+        return torch.where(log_q > NEVER, term, 0.0).sum(dim=0)
 
     def _weigh(
         self,

@@ -29,7 +29,7 @@ from ppvae.coordinate import (
 )
 from ppvae.density import ModelSites, Program, check_count, judging, read_model, row_chunks
 from ppvae.families import DiscreteFamily, Family, GaussianFamily, in_order, split_sites
-from ppvae.fisher import LocalElbo
+from ppvae.fisher import NEVER, LocalElbo
 from ppvae.guides import PerDatapoint, per_datapoint
 from ppvae.isolation import check_rows, seconds_now, unvalidated
 from ppvae.local import fill_tables, flat_params
@@ -44,9 +44,6 @@ _WORST_FIRST = 0.25
 _MEASURE_DRAWS = 100
 # Of many rows that gain little, some measure a loss of two or three errors by chance.
 _CLEARLY_WORSE = 4
-
-# Log probability below which a value of a discrete latent is none that q would draw.
-_NEVER = -69.0
 
 ACCEPTED, REFINED, GIVEN_UP = "accepted", "refined", "given up"
 
@@ -503,7 +500,7 @@ class _ClassClimb:
         columns = [[c.state.value, c.promise, c.spent] for c in self.climbs]
         value, gain, spent = (torch.stack(parts, dim=-1) for parts in zip(*columns, strict=True))
         value = torch.nan_to_num(value, nan=-torch.inf)
-        entropy_free = torch.where(self.log_q > _NEVER, self.log_q.exp() * (value - self.log_q), 0)
+        entropy_free = torch.where(self.log_q > NEVER, self.log_q.exp() * (value - self.log_q), 0)
         self.value, self.spent = value, spent.sum(dim=-1)
         promise = torch.logsumexp(value + gain, dim=-1) - entropy_free.sum(dim=-1)
         self.promise = torch.nan_to_num(promise, nan=torch.inf).clamp(min=0.0)
@@ -521,7 +518,7 @@ class _ClassClimb:
 
     def settled(self) -> Tensor:
         # Of classes that no member would hold nothing is to be made sure.
-        idle = (self.value - self.value.amax(dim=-1, keepdim=True)) < _NEVER / 4
+        idle = (self.value - self.value.amax(dim=-1, keepdim=True)) < NEVER / 4
         done = torch.stack([climb.settled() for climb in self.climbs], dim=-1)
         return (done | idle).all(dim=-1)
 
