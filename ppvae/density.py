@@ -116,17 +116,20 @@ def support_name(support: Any) -> str:
     return str(support).removesuffix("()")
 
 
-def _sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The random variables of a trace by name: no plates' indices, no deterministic values."""
     for name, site in prune_subsample_sites(trace).nodes.items():
         if site["type"] == "sample" and not site["infer"].get("_deterministic", False):
             yield name, site
 
 
-def _local_frames(site: dict[str, Any]) -> list[Any]:
+def local_frames(site: dict[str, Any]) -> list[Any]:
+    """The plates that a site is in, that of the draws apart."""
     return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != _PARTICLES]
 
 
-def _distribution_name(fn: Any) -> str:
+def distribution_name(fn: Any) -> str:
+    """The name of a distribution without what is wrapped around it."""
     while hasattr(fn, "base_dist") and type(fn).__name__ in (
         "Independent",
         "ExpandedDistribution",
@@ -156,9 +159,9 @@ def read_model(model: Program, x: Tensor) -> ModelSites:
     latents: dict[str, LatentSite] = {}
     scaled: list[str] = []
     observed = 0
-    for name, site in _sample_sites(trace):
+    for name, site in sample_sites(trace):
         kind = "observation" if site["is_observed"] else "latent"
-        frames = _local_frames(site)
+        frames = local_frames(site)
         if not frames:
             raise _shared_by_all(name, kind)
         plates.update({f.name: f for f in frames})
@@ -170,13 +173,13 @@ def read_model(model: Program, x: Tensor) -> ModelSites:
         else:
             event = tuple(site["fn"].event_shape)
             latents[name] = LatentSite(
-                name, event, site["fn"].support, _distribution_name(site["fn"])
+                name, event, site["fn"].support, distribution_name(site["fn"])
             )
     if not latents or not observed:
         missing = "latent site (pyro.sample without obs)" if not latents else "site with obs=x"
         raise ValueError(
             f"The model has no {missing} in a plate; got sites "
-            f"{[name for name, _ in _sample_sites(trace)]}. Is the guide in the model's place?"
+            f"{[name for name, _ in sample_sites(trace)]}. Is the guide in the model's place?"
         )
     if len(plates) > 1 or any(f.dim != -1 for f in plates.values()):
         raise ValueError(
@@ -222,8 +225,8 @@ def shared_latents(model: Program, x: Tensor) -> tuple[str, ...]:
         trace = _plain_run("model", model, x)
     return tuple(
         name
-        for name, site in _sample_sites(trace)
-        if not site["is_observed"] and not _local_frames(site)
+        for name, site in sample_sites(trace)
+        if not site["is_observed"] and not local_frames(site)
     )
 
 
@@ -249,7 +252,7 @@ def check_shared_pair(model: Program, guide: Program, x: Tensor, num_data: int |
             plate of another size than ``x`` has rows, nothing is observed, an observation lies
             outside of its support, or the weights are not those of ``num_data`` data.
     """
-    of_model = dict(_sample_sites(_plain_run("model", model, x)))
+    of_model = dict(sample_sites(_plain_run("model", model, x)))
     latents = {name: site for name, site in of_model.items() if not site["is_observed"]}
     observed = {name: site for name, site in of_model.items() if site["is_observed"]}
     if not observed:
@@ -258,7 +261,7 @@ def check_shared_pair(model: Program, guide: Program, x: Tensor, num_data: int |
             f"model's place?"
         )
     for name, site in of_model.items():
-        frames = _local_frames(site)
+        frames = local_frames(site)
         if not frames and site["is_observed"]:
             raise _shared_by_all(name, "observation")
         if frames and ([f.dim for f in frames] != [-1] or frames[0].size != len(x)):
@@ -270,7 +273,7 @@ def check_shared_pair(model: Program, guide: Program, x: Tensor, num_data: int |
             _check_observed(name, site)
     guided = {
         name: site
-        for name, site in _sample_sites(_plain_run("guide", guide, x))
+        for name, site in sample_sites(_plain_run("guide", guide, x))
         if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
     }
     if set(guided) != set(latents):
@@ -295,7 +298,7 @@ def check_shared_pair(model: Program, guide: Program, x: Tensor, num_data: int |
             f"Sites weigh differently in model and guide: {unequal} (model, guide). Give both the "
             f"same plates, pyro.plate(..., size=N, subsample=...), or both the same num_data=N."
         )
-    shared = [name for name in latents if not _local_frames(of_model[name])]
+    shared = [name for name in latents if not local_frames(of_model[name])]
     counts = {round(weights[name] * len(x)) for name in of_model if name not in shared}
     total = max(counts)
     if len(counts) > 1 or any(weights[n] != 1 for n in shared) or num_data not in (None, total):
@@ -325,7 +328,7 @@ def _plain_run(kind: str, program: Program, x: Tensor) -> Trace:
 
 
 @contextmanager
-def _with_draws(shape: torch.Size) -> Iterator[None]:
+def with_draws(shape: torch.Size) -> Iterator[None]:
     """Name the usual cause where a program runs on rows but not on draws of them."""
     try:
         yield
@@ -348,7 +351,7 @@ def _without_trace(error: Exception) -> str:
 
 def _check_observed(name: str, site: dict[str, Any]) -> None:
     fn = site["fn"]
-    if _distribution_name(fn) in ("Delta", "Unit") or not hasattr(fn, "support"):
+    if distribution_name(fn) in ("Delta", "Unit") or not hasattr(fn, "support"):
         return
     expected = (*fn.batch_shape, *fn.event_shape)
     if tuple(site["value"].shape) != expected:
@@ -361,7 +364,7 @@ def _check_observed(name: str, site: dict[str, Any]) -> None:
     if not bool(inside.all()):
         raise ValueError(
             f"Site {name!r}: {int((~inside).sum())} of {inside.numel()} observed rows lie outside "
-            f"of the support of {_distribution_name(fn)} ({support_name(fn.support)}). Transform "
+            f"of the support of {distribution_name(fn)} ({support_name(fn.support)}). Transform "
             f"the data (binarise, scale or round it), or choose a likelihood that covers it."
         )
 
@@ -377,7 +380,7 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
     trace = _plain_run("guide", guide, x)
     guided = {
         name: site
-        for name, site in _sample_sites(trace)
+        for name, site in sample_sites(trace)
         if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
     }
     missing = [name for name in sites.latents if name not in guided]
@@ -388,7 +391,7 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
             f"{list(guided)} (missing: {missing}, extra: {extra}). Rename or add sites, or mark "
             f'a helper site with infer={{"is_auxiliary": True}}.'
         )
-    for name, site in _sample_sites(trace):
+    for name, site in sample_sites(trace):
         batch = tuple(site["fn"].batch_shape)
         if len(batch) == 1 and batch != (x.shape[0],) and batch[0] > 1:
             raise ValueError(
@@ -403,7 +406,7 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
                 f"not defined per row (AutoDiagonalNormal and AutoMultivariateNormal are such "
                 f"guides). Use AutoNormal, or ppvae.guides.PerDatapoint with a family."
             )
-    points = [n for n, site in guided.items() if _distribution_name(site["fn"]) == "Delta"]
+    points = [n for n, site in guided.items() if distribution_name(site["fn"]) == "Delta"]
     if points:
         with forked_rng(1, x.device):
             again = _plain_run("guide", guide, x)
@@ -463,16 +466,16 @@ def read_guide(
     """
     trace = poutine.trace(guide).get_trace(x)
     auxiliary, found, plate = [], {}, "data"
-    for name, site in _sample_sites(trace):
+    for name, site in sample_sites(trace):
         if site["is_observed"]:
             continue
         if site["infer"].get("is_auxiliary", False):
             auxiliary.append(site)
             continue
         found[name] = GuideSite(name, site["fn"], site["value"], site["mask"])
-        if _distribution_name(site["fn"]) == "Delta" and sites is not None:
+        if distribution_name(site["fn"]) == "Delta" and sites is not None:
             found[name] = _behind_a_delta(found[name], sites.latents[name], auxiliary)
-        plate = next((f.name for f in _local_frames(site)), plate)
+        plate = next((f.name for f in local_frames(site)), plate)
     return plate, found
 
 
@@ -516,8 +519,8 @@ def _site_log_prob(site: dict[str, Any], *, observed: bool) -> Tensor:
 
 def _sum_sites(trace: Trace, shape: torch.Size, given: Mapping[str, Tensor] | None) -> Tensor:
     total: Tensor | float = 0.0
-    for name, site in _sample_sites(trace):
-        if given is None and site["is_observed"] and _distribution_name(site["fn"]) != "Unit":
+    for name, site in sample_sites(trace):
+        if given is None and site["is_observed"] and distribution_name(site["fn"]) != "Unit":
             # `AutoNormalMessenger` runs the model, whose observations are no part of q; a
             # pyro.factor of the guide is.
             continue
@@ -535,7 +538,8 @@ def _sum_sites(trace: Trace, shape: torch.Size, given: Mapping[str, Tensor] | No
     return total.expand(shape)
 
 
-def _particles(num_samples: int) -> Any:
+def particles(num_samples: int) -> Any:
+    """The plate of the draws, at dim=-2."""
     return pyro.plate(_PARTICLES, num_samples, dim=-2)
 
 
@@ -578,7 +582,7 @@ def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
         values = {name: v.expand(*shape, *v.shape) for name, v in model.values.items()}
         return joint(model.model, x, {**values, **latents})
     conditioned = poutine.condition(model, data=dict(latents))
-    with unvalidated(), _with_draws(first.shape[:2]), _particles(first.shape[0]):
+    with unvalidated(), with_draws(first.shape[:2]), particles(first.shape[0]):
         trace = poutine.trace(conditioned).get_trace(x)
         return _sum_sites(trace, first.shape[:2], latents)
 
@@ -588,12 +592,12 @@ def weigh(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`log_weights` without its checks and contexts; gives the draws of the latent sites too."""
     shape = torch.Size((num_samples, x.shape[0]))
-    with unvalidated(), _with_draws(shape):
-        with _particles(num_samples):
+    with unvalidated(), with_draws(shape):
+        with particles(num_samples):
             trace = poutine.trace(guide).get_trace(x)
         log_q = _sum_sites(trace, shape, None)
     latents = {}
-    for name, site in _sample_sites(trace):
+    for name, site in sample_sites(trace):
         if not site["is_observed"] and not site["infer"].get("is_auxiliary", False):
             value, event = site["value"], site["fn"].event_shape
             latents[name] = value.expand(num_samples, x.shape[0], *event)
@@ -606,11 +610,11 @@ def prior_draws(model: Program, x: Tensor, num_samples: int) -> dict[str, Tensor
     For code that provides the contexts of `judging` itself.
     """
     shape = torch.Size((num_samples, x.shape[0]))
-    with unvalidated(), _with_draws(shape), _particles(num_samples):
+    with unvalidated(), with_draws(shape), particles(num_samples):
         trace = poutine.trace(model).get_trace(x)
     return {
         name: site["value"].expand(*shape, *site["fn"].event_shape)
-        for name, site in _sample_sites(trace)
+        for name, site in sample_sites(trace)
         if not site["is_observed"]
     }
 

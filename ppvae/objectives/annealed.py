@@ -1,0 +1,313 @@
+"""Objectives that change the weight of the KL term: β with its schedules, and free bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+from torch.distributions import Independent, kl_divergence
+
+from ppvae.density import Program, distribution_name
+from ppvae.objectives.base import Objective, Rows
+from ppvae.objectives.schedules import Schedule, check_weight
+from ppvae.terms import Drawn, Term, check_local, row_scale, same_scale
+
+
+@dataclass(frozen=True)
+class _Latent:
+    """A latent site in the model and in the guide.
+
+    Attributes:
+        prior: Its term in the model.
+        posterior: Its term in the guide.
+        in_order: Whether the guide draws before it all that the model draws before it.
+    """
+
+    prior: Term
+    posterior: Term
+    in_order: bool
+
+    def scaled_kl(self) -> Tensor:
+        """KL(q || p), analytic where that is right, sampled elsewhere; with the scale."""
+        prior, posterior = self.prior, self.posterior
+        value = self.kl()
+        if value is None or not same_scale(prior, posterior):
+            return posterior.log_prob * posterior.scale - prior.log_prob * prior.scale
+        return value * posterior.scale
+
+    def kl(self) -> Tensor | None:
+        """KL(q || p) given the draws that both hang on, of the shape of the terms.
+
+        `None` where torch knows no formula, or where it would not be the expectation.
+        """
+        # The formula averages over z with the prior held: wrong if the prior hangs on a draw that
+        # hangs on z. Of a Delta, Pyro's formula leaves out the density that it carries.
+        fits = self.in_order and self.posterior.mask is self.prior.mask
+        if not fits or distribution_name(self.posterior.fn) == "Delta":
+            return None
+        try:
+            value = torch.as_tensor(kl_divergence(self.posterior.fn, self.prior.fn))
+        except NotImplementedError:
+            return None
+        if self.posterior.is_shared and value.dim() == 1:
+            value = value[:, None]
+        shaped = value.expand(self.posterior.log_prob.shape)
+        masked: Tensor = scale_and_mask(shaped, 1.0, self.posterior.mask)
+        return masked
+
+    def kl_of_elements(self) -> Tensor | None:
+        """The KL of each element, ``(num_draws, batch, elements)``; `None` where there is none."""
+        whole = self.kl()
+        q, p, inner = self.posterior.fn, self.prior.fn, 0
+        while isinstance(q, Independent) and isinstance(p, Independent):
+            inner += q.reinterpreted_batch_ndims
+            q, p = q.base_dist, p.base_dist
+        if whole is None or q.event_shape or p.event_shape:
+            return None
+        value = kl_divergence(q, p)
+        event = value.shape[value.dim() - inner :]
+        elements = value.expand(*whole.shape, *event).reshape(*whole.shape, -1)
+        mask = self.posterior.mask
+        if isinstance(mask, Tensor):
+            mask = mask[..., None]
+        masked: Tensor = scale_and_mask(elements, 1.0, mask)
+        return masked
+
+
+def _latents(log_p: list[Term], log_q: list[Term]) -> list[_Latent]:
+    """The latent sites, in the model's order."""
+    posteriors = {t.name: t for t in log_q}
+    order = [t.name for t in log_q]
+    found: list[_Latent] = []
+    before: set[str] = set()
+    for term in log_p:
+        if not term.is_observed:
+            earlier = set(order[: order.index(term.name)])
+            found.append(_Latent(term, posteriors[term.name], before <= earlier))
+            before.add(term.name)
+    return found
+
+
+def _check_no_auxiliary(log_q: list[Term]) -> None:
+    for term in log_q:
+        if term.is_auxiliary:
+            raise ValueError(
+                f"Site {term.name!r} is a draw of the guide's own, of which the latents are "
+                f"functions, so that no latent has a KL of its own. Use BetaELBO, or a guide that "
+                f"draws the latents themselves, such as ppvae.guides.Amortized."
+            )
+
+
+class BetaELBO(Objective):
+    r"""The ELBO with another weight on the KL term, fixed or on a schedule.
+
+    .. math:: J_\beta = \sum_n E_{q(z \mid x_n)}[\log p(x_n \mid z)]
+              - \beta\, \mathrm{KL}(q(z \mid x_n) \,\|\, p(z))
+
+    (Higgins et al. 2017, eq. 4; with β rising from 0 to 1 the annealing of Bowman et al. 2016).
+    For β ≥ 1 it bounds the ELBO from below, and so log p(x); for β < 1 it is no bound, and
+    ``-loss`` no ELBO. For the ELBO of a trained pair take `ppvae.elbo`.
+
+    The KL term is analytic for every site where torch knows a formula and where the formula is
+    its expectation, which it is if the guide draws first what the site's prior hangs on: a guide
+    from the bottom up has sampled terms, where `TraceMeanField_ELBO` would be wrong. Elsewhere
+    :math:`\log q - \log p` is sampled. Draws with a path carry the gradient; for others, such as
+    discrete ones, the score function does, with what the other draws of the row say as baseline
+    if there are several.
+
+    ``weighs="log_q"`` is another objective, which public code for Cremer et al. (2018) anneals:
+
+    .. math:: J'_\beta = \sum_n E_{q(z \mid x_n)}[\log p(x_n, z) - \beta \log q(z \mid x_n)]
+
+    It weighs the entropy of q alone. At β = 0 q goes to the mode of p(x, z), where above it goes
+    to the largest likelihood. It has no side on which it bounds log p(x), whatever β but 1, as
+    the entropy of a continuous q has no sign.
+
+    Latents that all rows share, such as the weights of a network, are weighed by β too.
+
+    Args:
+        beta: The weight β, or a schedule from a step's number to it, such as `Linear` or
+            `Cyclical`. A step is a call that asks for gradients by ``loss_and_grads``, as `fit`
+            and ``SVI.step`` do; ``loss`` and ``differentiable_loss`` use the current weight and do
+            not count. The attribute ``steps_taken`` has the number, and may be set.
+        weighs: What β weighs, ``"kl"`` or ``"log_q"``.
+        num_particles: Draws for every row.
+
+    Raises:
+        ValueError: If a weight is negative or not finite (that of a schedule when it comes up), or
+            ``weighs`` unknown; on a call with a pair that is unfit.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import fit, pairs
+        >>> from ppvae.objectives import BetaELBO, Linear
+        >>> model, guide = pairs.vae(x_dim=6, z_dim=2, hidden=[8])
+        >>> objective = BetaELBO(Linear(10))
+        >>> run = fit(model, guide, torch.ones(20, 6), loss=objective, steps=5, progress=False)
+        >>> objective.beta
+        0.5
+    """
+
+    def __init__(
+        self,
+        beta: float | Schedule = 1.0,
+        *,
+        weighs: Literal["kl", "log_q"] = "kl",
+        num_particles: int = 1,
+    ) -> None:
+        if weighs not in ("kl", "log_q"):
+            raise ValueError(f'weighs must be "kl" or "log_q"; got {weighs!r}.')
+        super().__init__(num_particles)
+        if not callable(beta):
+            check_weight("beta", beta)
+        self.schedule, self.weighs = beta, weighs
+        self.steps_taken = 0
+
+    @property
+    def beta(self) -> float:
+        """The weight of the coming step."""
+        if not callable(self.schedule):
+            return float(self.schedule)
+        value = float(self.schedule(self.steps_taken))
+        check_weight(f"The schedule's weight at step {self.steps_taken}", value)
+        return value
+
+    @property
+    def target(self) -> str:
+        """What the gradient is one of."""
+        if self.beta == 1:
+            return "ELBO"
+        which = "the KL term" if self.weighs == "kl" else "log q"
+        return f"ELBO with {which} times {self.beta:.6g}"
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """−J summed over the rows; its gradients are added to the parameters', the step counts."""
+        value = super().loss_and_grads(model, guide, *args, **kwargs)
+        self.steps_taken += 1
+        return value
+
+    def _evaluate(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        runs = self._runs(model, guide, args, kwargs)
+        values, surrogates = zip(*(self._of(drawn) for drawn in runs), strict=True)
+        return torch.stack(values).mean(), torch.stack(surrogates).mean()
+
+    def _of(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        log_q, log_p = drawn.log_q(), drawn.log_p()
+        beta, rows = self.beta, Rows()
+        for term in log_p:
+            if term.is_observed or self.weighs == "log_q":
+                rows.add(term.log_prob * term.scale, term.is_shared)
+        if self.weighs == "kl":
+            for latent in _latents(log_p, log_q):
+                rows.add(-beta * latent.scaled_kl(), latent.prior.is_shared)
+        for term in log_q:
+            if term.is_auxiliary or self.weighs == "log_q":
+                rows.add(-beta * term.log_prob * term.scale, term.is_shared)
+        return rows.estimate(drawn, log_q)
+
+    def __repr__(self) -> str:
+        weighs = "" if self.weighs == "kl" else f", weighs={self.weighs!r}"
+        return f"BetaELBO({self.schedule!r}{weighs}, num_particles={self.num_particles})"
+
+
+class FreeBitsELBO(Objective):
+    r"""The ELBO with a floor under the KL of each latent element: free bits, in nats.
+
+    .. math:: J_\lambda = \sum_n E_{q(z \mid x_n)}[\log p(x_n \mid z)]
+              - N \sum_j \max\Bigl(\lambda,
+                \frac{1}{N} \sum_n \mathrm{KL}(q(z_j \mid x_n) \,\|\, p(z_j))\Bigr)
+
+    with the mean over the rows of the minibatch (Kingma et al. 2016, eq. 15). An element whose
+    mean KL lies below λ is not pushed further down, so that it is not given up before it is of
+    use. J never exceeds the ELBO, and falls short of it by up to Nλ for each element. For the
+    ELBO of a trained pair take `ppvae.elbo`.
+
+    With ``groups="elements"`` j runs over the elements of the latent sites; both the guide's and
+    the model's distribution must then be products over elements with a KL that torch knows. With
+    ``groups="sites"`` it runs over the sites, whose KL is sampled where there is no formula.
+
+    Args:
+        nats: λ, at least 0; with 0 this is the ELBO.
+        groups: What has a floor of its own, ``"elements"`` or ``"sites"``.
+        num_particles: Draws for every row.
+
+    Raises:
+        ValueError: If λ is negative or not finite, or ``groups`` unknown; on a call, if an
+            element has no KL of its own or a latent is shared by all rows.
+
+    Example:
+        >>> import torch
+        >>> from ppvae import pairs
+        >>> from ppvae.objectives import FreeBitsELBO
+        >>> model, guide = pairs.vae(x_dim=6, z_dim=2, hidden=[8])
+        >>> loss = FreeBitsELBO(0.1)(model, guide)(torch.ones(20, 6))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        nats: float,
+        *,
+        groups: Literal["elements", "sites"] = "elements",
+        num_particles: int = 1,
+    ) -> None:
+        if groups not in ("elements", "sites"):
+            raise ValueError(f'groups must be "elements" or "sites"; got {groups!r}.')
+        super().__init__(num_particles)
+        check_weight("nats", nats)
+        self.nats, self.groups = float(nats), groups
+
+    @property
+    def target(self) -> str:
+        """What the gradient is one of."""
+        if self.nats == 0:
+            return "ELBO"
+        return f"ELBO with {self.nats:.6g} nats free for each of the {self.groups}"
+
+    def _evaluate(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        drawn = Drawn(model, guide, args, kwargs, self.num_particles)
+        check_local(drawn, "Free bits are a floor for the mean over rows: use BetaELBO.")
+        log_q, log_p = drawn.log_q(), drawn.log_p()
+        _check_no_auxiliary(log_q)
+        scale = torch.as_tensor(row_scale(*log_p, *log_q))
+        rows = Rows()
+        for term in log_p:
+            if term.is_observed:
+                rows.add(term.log_prob * scale)
+        count = scale.expand(rows.local.shape[-1:]).sum()
+        floor = rows.local.new_zeros(())
+        for latent in _latents(log_p, log_q):
+            kl = scale[..., None] * self._kl(latent)
+            above = kl.detach().mean(dim=0).sum(dim=0) > self.nats * count
+            rows.add(-(kl * above).sum(dim=-1))
+            floor = floor + self.nats * count * (~above).sum()
+        value, surrogate = rows.estimate(drawn, log_q)
+        return value - floor, surrogate
+
+    def _kl(self, latent: _Latent) -> Tensor:
+        """The KL of the groups of a site, ``(num_draws, batch, groups)``, not scaled."""
+        if self.groups == "sites":
+            kl = latent.kl()
+            value = latent.posterior.log_prob - latent.prior.log_prob if kl is None else kl
+            return value[..., None]
+        kl = latent.kl_of_elements()
+        if kl is None:
+            raise ValueError(
+                f"Site {latent.prior.name!r}: its elements have no KL of their own from "
+                f"{distribution_name(latent.posterior.fn)} to {distribution_name(latent.prior.fn)} "
+                f"that torch knows, or the guide draws it before what its prior hangs on. Use "
+                f'groups="sites", a floor for the whole site.'
+            )
+        return kl
+
+    def __repr__(self) -> str:
+        groups = "" if self.groups == "elements" else f", groups={self.groups!r}"
+        return f"FreeBitsELBO({self.nats:g}{groups}, num_particles={self.num_particles})"

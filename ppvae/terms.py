@@ -1,0 +1,309 @@
+r"""The seam of training: a pair's log densities with the scales of plates kept apart.
+
+`density` judges rows that it is given and never sees a scale. Training sees them: in
+``pyro.plate("data", N, subsample_size=B)`` a row stands for N/B rows. Here each site's log density
+is read without its scale, and the scale beside it, so that what is weighed per datum can be
+weighed first and scaled afterwards: a scale inside a log-sum-exp is no bound on anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from ppvae.density import Program, distribution_name, local_frames, particles, sample_sites
+
+
+@dataclass(frozen=True)
+class Term:
+    """The log density of one site.
+
+    Attributes:
+        name: The site.
+        fn: Its distribution.
+        log_prob: ``(num_draws, batch)``, or ``(num_draws, 1)`` for a site that all rows share; in
+            nats, masked, not scaled.
+        scale: What the plates and handlers around the site multiply it by: a number, or one for
+            each row.
+        mask: What they mask it with.
+        is_observed: Whether it is an observation (a `pyro.factor` counts as one).
+        is_auxiliary: Whether it is a draw of the guide's own, which the model does not have.
+        is_shared: Whether it lies outside of all plates.
+    """
+
+    name: str
+    fn: Any
+    log_prob: Tensor
+    scale: float | Tensor
+    mask: Any
+    is_observed: bool
+    is_auxiliary: bool
+    is_shared: bool
+
+
+class _Detached(Messenger):
+    """Draws without a path for the gradient; must be entered before whatever records them."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["value"] = msg["value"].detach()
+
+
+class Drawn:
+    """Draws from a guide, and the log densities of pair and draws.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide with the same latent sites.
+        args: What both are called with.
+        kwargs: What both are called with, by name.
+        num_draws: Number of draws K. With one, both programs run as they are; with more, inside a
+            plate of the draws at dim −2, so that networks must accept a leading dimension.
+        detached: Whether the draws are cut from the parameters they came from.
+
+    Raises:
+        ValueError: If the programs do not run with draws in front, or sites and plates are unfit.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        num_draws: int,
+        *,
+        detached: bool = False,
+    ) -> None:
+        self.model, self.guide = model, guide
+        self.args, self.kwargs = args, dict(kwargs)
+        self.num_draws = num_draws
+        with _Detached() if detached else nullcontext():
+            self.trace = self._run(guide)
+        self.values = {
+            name: site["value"]
+            for name, site in sample_sites(self.trace)
+            if not site["is_observed"]
+        }
+
+    def log_q(self, values: Mapping[str, Tensor] | None = None) -> list[Term]:
+        """The guide's terms at its own draws, or at other values of the same sites.
+
+        At other values the guide runs again, unless it has one site: its distribution there is
+        the same whatever is drawn.
+        """
+        if values is None:
+            return self._terms(self.trace, of_guide=True)
+        if len(self.values) == 1:
+            return self._terms(_replaced(self.trace, values), of_guide=True)
+        again = poutine.replay(self.guide, trace=_replaced(self.trace, values))
+        return self._terms(self._run(again), of_guide=True)
+
+    def log_p(self, values: Mapping[str, Tensor] | None = None) -> list[Term]:
+        """The model's terms at the guide's draws, or at other values of the same sites.
+
+        Raises:
+            ValueError: If the latent sites are not those of the guide.
+        """
+        trace = self.trace if values is None else _replaced(self.trace, values)
+        terms = self._terms(self._run(poutine.replay(self.model, trace=trace)), of_guide=False)
+        self._check_sites(terms)
+        return terms
+
+    @property
+    def shared(self) -> list[str]:
+        """The guide's sites that all rows share."""
+        return [
+            name
+            for name, site in sample_sites(self.trace)
+            if not site["is_observed"] and not local_frames(site)
+        ]
+
+    def _run(self, program: Callable[..., Any]) -> Trace:
+        if self.num_draws == 1:
+            return poutine.trace(program).get_trace(*self.args, **self.kwargs)
+        with _leading(self.num_draws), particles(self.num_draws):
+            return poutine.trace(program).get_trace(*self.args, **self.kwargs)
+
+    def _terms(self, trace: Trace, *, of_guide: bool) -> list[Term]:
+        found = []
+        for name, site in sample_sites(trace):
+            fn, observed = site["fn"], site["is_observed"]
+            if of_guide and observed and distribution_name(fn) != "Unit":
+                continue  # A guide that runs the model: its observations are no part of q.
+            log_prob = scale_and_mask(fn.log_prob(site["value"]), 1.0, site["mask"])
+            found.append(
+                Term(
+                    name=name,
+                    fn=fn,
+                    log_prob=self._shaped(name, site, log_prob),
+                    scale=site["scale"],
+                    mask=site["mask"],
+                    is_observed=observed,
+                    is_auxiliary=bool(site["infer"].get("is_auxiliary", False)),
+                    is_shared=not local_frames(site),
+                )
+            )
+        return found
+
+    def _shaped(self, name: str, site: dict[str, Any], value: Tensor) -> Tensor:
+        """A site's log density, ``(num_draws, batch)``."""
+        frames = local_frames(site)
+        if any(f.dim != -1 for f in frames) or len(frames) > 1:
+            raise ValueError(
+                f"Site {name!r}: expected one plate over the rows, at dim=-1; got "
+                f"{ {f.name: f.dim for f in frames} }. Declare inner dimensions as event "
+                f"dimensions with .to_event."
+            )
+        shape = (self.num_draws, frames[0].size if frames else 1)
+        if not frames and self.num_draws > 1 and value.dim() == 1:
+            value = value[:, None]
+        if value.dim() > 2 or (value.dim() == 2 and value.shape[0] not in (1, self.num_draws)):
+            raise ValueError(
+                f"Site {name!r}: expected a log density of shape {shape} (draws, batch); got "
+                f"{tuple(value.shape)}. Networks must accept leading dimensions of draws: reshape "
+                f"only the last dimensions, x.reshape(*x.shape[:-1], ...)."
+            )
+        return value.expand(shape)
+
+    def _check_sites(self, terms: list[Term]) -> None:
+        ours = {t.name for t in terms if not t.is_observed}
+        theirs = {
+            name
+            for name, site in sample_sites(self.trace)
+            if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+        }
+        if ours != theirs:
+            raise ValueError(
+                f"The guide's latent sites must be the model's, {sorted(ours)}; got "
+                f"{sorted(theirs)}. Mark a draw of the guide's own with "
+                f'infer={{"is_auxiliary": True}}.'
+            )
+
+
+@contextmanager
+def _leading(num_draws: int) -> Iterator[None]:
+    """Name the usual cause where a program does not run with several draws."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"A program does not run on {num_draws} draws at once, which are a leading dimension "
+            f"of its latents: {error} Networks must accept leading dimensions: reshape only the "
+            f"last ones, z.reshape(-1, d) before such a network and out.reshape(*z.shape[:-1], "
+            f"-1) after it."
+        ) from error
+
+
+def _replaced(trace: Trace, values: Mapping[str, Tensor]) -> Trace:
+    """A copy of a trace with other values at some sites."""
+    copy = trace.copy()
+    for name, value in values.items():
+        copy.nodes[name] = {**copy.nodes[name], "value": value}
+    return copy
+
+
+def check_pathwise(drawn: Drawn, instead: str) -> None:
+    """Refuse draws that have no path for the gradient.
+
+    Args:
+        drawn: The draws.
+        instead: What to use in their case, for the message.
+
+    Raises:
+        ValueError: If a site's distribution has no reparameterised draws.
+    """
+    for name, site in sample_sites(drawn.trace):
+        if not site["is_observed"] and not getattr(site["fn"], "has_rsample", False):
+            raise ValueError(
+                f"Site {name!r}: draws of {distribution_name(site['fn'])} cannot be "
+                f"reparameterised, so no gradient goes through them. {instead}"
+            )
+
+
+def check_local(drawn: Drawn, instead: str) -> None:
+    """Refuse latents that all rows share, where something is weighed for each datum.
+
+    Args:
+        drawn: The draws.
+        instead: What to use in their case, for the message.
+
+    Raises:
+        ValueError: If a site lies outside of all plates.
+    """
+    if drawn.shared:
+        raise ValueError(
+            f"Site {drawn.shared[0]!r} is shared by all rows (it lies outside of any plate), so "
+            f"that a datum has no weight of its own. {instead}"
+        )
+
+
+def log_weights(log_p: list[Term], log_q: list[Term]) -> Tensor:
+    r"""Log weights without any scale, :math:`\log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n)`.
+
+    Args:
+        log_p: The model's terms, all local.
+        log_q: The guide's.
+
+    Returns:
+        ``(num_draws, batch)``, nats.
+    """
+    return total(log_p) - total(log_q)
+
+
+def total(terms: list[Term]) -> Tensor:
+    """The sum of the terms, without scales, ``(num_draws, batch)``."""
+    value: Tensor | float = 0.0
+    for term in terms:
+        value = value + term.log_prob
+    return torch.as_tensor(value)
+
+
+def row_scale(*terms: Term) -> float | Tensor:
+    """What each row counts for: the scale that all sites of model and guide have.
+
+    Args:
+        *terms: Local terms of the model and of the guide.
+
+    Returns:
+        A number, or one for each row.
+
+    Raises:
+        ValueError: If they differ, as a row has then no weight of its own.
+    """
+    first = terms[0]
+    for term in terms[1:]:
+        if not same_scale(term, first):
+            raise ValueError(
+                f"Sites weigh differently: {first.name!r} has the scale {_said(first.scale)} and "
+                f"{term.name!r} {_said(term.scale)}, so that the weight of a datum, "
+                f"p(x, z)/q(z | x), is not defined. Scale all sites of model and guide alike; to "
+                f"weigh the KL term, use ppvae.objectives.BetaELBO."
+            )
+    return first.scale
+
+
+def same_scale(one: Term, other: Term) -> bool:
+    """Whether two terms are scaled alike."""
+    if one.scale is other.scale:
+        return True
+    if isinstance(one.scale, Tensor) or isinstance(other.scale, Tensor):
+        return bool((torch.as_tensor(one.scale) == torch.as_tensor(other.scale)).all())
+    return one.scale == other.scale
+
+
+def _said(scale: float | Tensor) -> str:
+    if isinstance(scale, Tensor) and scale.numel() > 1:
+        return f"of shape {tuple(scale.shape)}"
+    return f"{float(scale):.6g}"
