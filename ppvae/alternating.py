@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
 from ppvae.density import Program, check_count, check_pair, read_model
@@ -29,6 +28,7 @@ from ppvae.isolation import (
 )
 from ppvae.local import by_site
 from ppvae.natural import GaussianElbo, whitened_draws
+from ppvae.objectives import BetaELBO
 from ppvae.training import Batches, RowAdam, Run, tensor_batches, without_warnings
 
 _DRAWS = 16
@@ -97,7 +97,7 @@ def fit_alternating(
     optimum; with other families they are Adam's. They take the model in eval mode, in which the
     guide is judged; the model's own step is in train mode. Each row starts at λ = 0, and later from
     where its last turn left it. After the last round every row takes its steps once more. The
-    model's step is that of `ppvae.fit`, with its loss `TraceMeanField_ELBO`. With full batches,
+    model's step is that of `ppvae.fit`, with its loss `BetaELBO`. With full batches,
     families that hold the posterior and many local steps this is stochastic EM (Neal & Hinton
     1998).
 
@@ -155,7 +155,7 @@ def fit_alternating(
         for name in families:
             guide.table(name).weight.requires_grad_(False)
         inference = _Inference(model, guide, local_steps, x)
-        run = Run(model, guide, TraceMeanField_ELBO(), lr)
+        run = Run(model, guide, BetaELBO(), lr)
         batches = inference.before(tensor_batches(x, batch_size))
         status, completed = run.train(batches, rounds, progress)
         if completed:

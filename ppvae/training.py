@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,6 +32,7 @@ from ppvae.isolation import (
     private_store,
     seconds_now,
 )
+from ppvae.objectives import BetaELBO
 
 # A diverged run goes back to the last state kept; one is kept this often, in steps.
 _KEEP_EVERY = 100
@@ -42,7 +43,8 @@ class Fit:
     """What a training run did.
 
     Attributes:
-        losses: ``(steps,)``: the loss per datum at each step, in nats (minus an ELBO estimate).
+        losses: ``(steps,)``: the loss per datum at each step, in nats: minus an estimate of the
+            objective, such as the ELBO.
         elapsed: ``(steps,)``: seconds from the call of `fit` until the loss of each step was known.
         seconds: Wall time.
         status: What happened, in words.
@@ -137,8 +139,10 @@ def fit(
         x: The data: rows ``(num_data, *event)``; or a `Dataset` or `DataLoader` whose items are
             rows, or tuples that begin with one (what follows, such as labels, is not used). Every
             batch of a `DataLoader` has the same weight, a short one too.
-        loss: A Pyro ELBO object. If left out `TraceMeanField_ELBO()`, or `TraceGraph_ELBO()` for a
-            guide with draws that have no gradient, such as discrete ones.
+        loss: A Pyro ELBO object, Pyro's own or one of `ppvae.objectives`. If left out
+            ``BetaELBO()``, the ELBO with an analytic KL where that is right, or
+            `TraceGraph_ELBO()` for a guide with draws that have no gradient, such as discrete
+            ones. With Pyro's `ReweightedWakeSleep` the loss that is recorded is its first.
         steps: Number of steps.
         batch_size: Rows per step; at most all of them. A `DataLoader` brings its own.
         lr: Adam's learning rate.
@@ -229,11 +233,15 @@ def without_warnings() -> Iterator[None]:
 
 
 def _default_loss(guide: Program, x: Tensor) -> ELBO:
-    """The analytic KL where all draws have a gradient, the score function elsewhere."""
+    """The analytic KL where all draws have a gradient, the score function elsewhere.
+
+    Of `TraceMeanField_ELBO` the analytic KL is wrong for an `AutoNormal` of a constrained latent,
+    whose change of variables it leaves out, and for a guide from the bottom up.
+    """
     with torch.no_grad(), forked_rng(0, x.device):
         _, sites = read_guide(guide, x)
     smooth = all(site.fn.has_rsample for site in sites.values())
-    return TraceMeanField_ELBO() if smooth else TraceGraph_ELBO()
+    return BetaELBO() if smooth else TraceGraph_ELBO()
 
 
 def _table_of(guide: Program) -> PerDatapoint | None:
@@ -397,7 +405,9 @@ class Run:
         with _on_rows(self.guide, rows):
             if not self.params:
                 self._collect(x)
-            total = self.loss.loss_and_grads(self.model, self.guide, x) / count
+            total = self.loss.loss_and_grads(self.model, self.guide, x)
+        # Wake-sleep has two losses: that of the model is a bound.
+        total = (total[0] if isinstance(total, tuple) else total) / count
         gradients = [p.grad for p in self.params if p.grad is not None]
         if not gradients:
             raise ValueError("Nothing to train: no parameter of model or guide has a gradient.")
