@@ -319,11 +319,11 @@ def _plain_run(kind: str, program: Program, x: Tensor) -> Trace:
         with torch.no_grad():
             return poutine.trace(program).get_trace(x)
     except NoLikelihoodError as error:
-        raise NoLikelihoodError(_without_trace(error)) from None
+        raise NoLikelihoodError(without_trace(error)) from None
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"The {kind} does not run on x of shape {tuple(x.shape)}, {x.dtype}: "
-            f"{_without_trace(error)}"
+            f"{without_trace(error)}"
         ) from error
 
 
@@ -333,17 +333,17 @@ def with_draws(shape: torch.Size) -> Iterator[None]:
     try:
         yield
     except NoLikelihoodError as error:
-        raise NoLikelihoodError(_without_trace(error)) from None
+        raise NoLikelihoodError(without_trace(error)) from None
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"A program that runs on rows does not run on draws for rows, where latents have the "
-            f"leading dimensions {tuple(shape)}: {_without_trace(error)} Networks must accept "
+            f"leading dimensions {tuple(shape)}: {without_trace(error)} Networks must accept "
             f"leading dimensions: reshape only the last ones, z.reshape(-1, d) before such a "
             f"network and out.reshape(*z.shape[:-1], -1) after it."
         ) from error
 
 
-def _without_trace(error: Exception) -> str:
+def without_trace(error: Exception) -> str:
     """The message without the trace shapes that Pyro appends."""
     text = str(error).split("Trace Shapes:")[0].strip()
     return text if text.endswith(".") else text + "."
@@ -648,7 +648,7 @@ def check_density(model: Program, x: Tensor, sites: ModelSites) -> None:
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"model: it runs on {count} rows but not on {len(index)} of them, as q* takes: "
-                f"{_without_trace(error)} Size its plate and all that it holds by the rows that "
+                f"{without_trace(error)} Size its plate and all that it holds by the rows that "
                 f"it is given."
             ) from error
         far = _far(value[:, index], again).any(dim=0)

@@ -20,7 +20,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ppvae.density import Program, distribution_name, local_frames, particles, sample_sites
+from ppvae.density import (
+    Program,
+    distribution_name,
+    local_frames,
+    particles,
+    sample_sites,
+    without_trace,
+)
 
 
 @dataclass(frozen=True)
@@ -200,9 +207,9 @@ def _leading(num_draws: int) -> Iterator[None]:
     except (RuntimeError, IndexError) as error:
         raise ValueError(
             f"A program does not run on {num_draws} draws at once, which are a leading dimension "
-            f"of its latents: {error} Networks must accept leading dimensions: reshape only the "
-            f"last ones, z.reshape(-1, d) before such a network and out.reshape(*z.shape[:-1], "
-            f"-1) after it."
+            f"of its latents: {without_trace(error)} Networks must accept leading dimensions: "
+            f"reshape only the last ones, z.reshape(-1, d) before such a network and "
+            f"out.reshape(*z.shape[:-1], -1) after it."
         ) from error
 
 

@@ -26,6 +26,7 @@ ROWS = [
     "likelihoods",
     "priors",
     "density",
+    "terms",
     "configurations",
     "families",
     "freeing",

@@ -50,7 +50,7 @@ class _Latent:
         if not fits or distribution_name(self.posterior.fn) == "Delta":
             return None
         try:
-            value = torch.as_tensor(kl_divergence(self.posterior.fn, self.prior.fn))
+            value = _divergence(self.posterior.fn, self.prior.fn)
         except NotImplementedError:
             return None
         if self.posterior.is_shared and value.dim() == 1:
@@ -68,7 +68,7 @@ class _Latent:
             q, p = q.base_dist, p.base_dist
         if whole is None or q.event_shape or p.event_shape:
             return None
-        value = kl_divergence(q, p)
+        value = _divergence(q, p)
         event = value.shape[value.dim() - inner :]
         elements = value.expand(*whole.shape, *event).reshape(*whole.shape, -1)
         mask = self.posterior.mask
@@ -76,6 +76,14 @@ class _Latent:
             mask = mask[..., None]
         masked: Tensor = scale_and_mask(elements, 1.0, mask)
         return masked
+
+
+def _divergence(q: Any, p: Any) -> Tensor:
+    """KL(q || p); some of torch's formulas need the same batch shape on both sides."""
+    if q.batch_shape != p.batch_shape:
+        shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+        q, p = q.expand(shape), p.expand(shape)
+    return torch.as_tensor(kl_divergence(q, p))
 
 
 def _latents(log_p: list[Term], log_q: list[Term]) -> list[_Latent]:

@@ -1,0 +1,572 @@
+"""Objectives: unbiased for the gradient of their bound, and the numbers that evaluation gives."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from pyro.infer.autoguide import AutoNormal
+from test_pairs import data, every_pair
+
+import ppvae
+from ppvae import pairs
+from ppvae.configurations import configurations, joint_table
+from ppvae.density import joint, read_model
+from ppvae.families import DiagonalNormal, FullRankNormal, LogNormal, TruncatedNormal
+from ppvae.guides import PerDatapoint
+from ppvae.isolation import forked_rng, private_store
+from ppvae.models import ExponentialGaussian, FactorAnalysis
+from ppvae.objectives import (
+    IWAE,
+    VIMCO,
+    BetaELBO,
+    Cyclical,
+    DReG,
+    FreeBitsELBO,
+    Linear,
+    ScoreFunctionELBO,
+    StickingTheLanding,
+)
+
+# Losses are asked for directly, as classic Pyro code does, which fills the parameter store.
+pytestmark = pytest.mark.fills_store
+
+NODES, LOG_WEIGHTS = (torch.as_tensor(a) for a in np.polynomial.hermite_e.hermegauss(60))
+WEIGHTS = LOG_WEIGHTS / math.sqrt(2 * math.pi)
+
+
+@pytest.fixture
+def double():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Case:
+    """A pair with one scalar latent a datum, all rows alike, and its bounds by quadrature.
+
+    One evaluation on N equal rows has N independent draws of the gradient of one.
+    """
+
+    def __init__(self, model, family, x, params, rows=1500):
+        self.model, self.family, self.rows = model.double(), family, rows
+        self.guide = PerDatapoint(family, rows).double()
+        self.params = torch.tensor(params, dtype=torch.float64)
+        self.guide.table("z").weight.data[:] = self.params
+        self.row = torch.tensor(x, dtype=torch.float64)[None]
+        self.x = self.row.expand(rows, *self.row.shape[1:])
+
+    def tensors(self):
+        return [*self.model.parameters()]
+
+    def terms(self, params):
+        """log p(x | z), log p(z) and log q(z), at the nodes."""
+        loc, scale = params[0], params[1].exp()
+        e = loc + scale * NODES
+        log_q = dist.Normal(loc, scale).log_prob(e)
+        z = e
+        if isinstance(self.family, LogNormal):
+            z, log_q = e.exp(), log_q - e
+        shape = (-1, 1) if self.row.dim() == 1 else (-1, 1, 1)
+        log_joint = joint(self.model, self.row, {"z": z.reshape(shape)})[:, 0]
+        prior = dist.Exponential if isinstance(self.family, LogNormal) else dist.Normal
+        at = (torch.ones(()),) if prior is dist.Exponential else (torch.zeros(()), torch.ones(()))
+        log_prior = prior(*(a.double() for a in at)).log_prob(z)
+        return log_joint - log_prior, log_prior, log_q
+
+    def exact(self, bound):
+        """A bound of one row, and its gradient: λ first, then the model's parameters."""
+        params = self.params.clone().requires_grad_()
+        value = bound(*self.terms(params))
+        tensors = [params, *self.tensors()]
+        grads = torch.autograd.grad(value, tensors, allow_unused=True)
+        return value.detach(), flat(tensors, grads)
+
+    def estimates(self, objective, count=60):
+        """Values and gradients per row of ``count`` evaluations."""
+        table = self.guide.table("z").weight
+        values, gradients = [], []
+        for _ in range(count):
+            for tensor in (table, *self.tensors()):
+                tensor.grad = None
+            loss = objective.loss_and_grads(self.model, self.guide, self.x)
+            of_model = [torch.zeros_like(t) if t.grad is None else t.grad for t in self.tensors()]
+            parts = [table.grad.sum(dim=0), *(g.flatten() for g in of_model)]
+            values.append(-loss / self.rows)
+            gradients.append(-torch.cat(parts) / self.rows)
+        return torch.tensor(values, dtype=torch.float64), torch.stack(gradients)
+
+
+def toy():
+    return Case(ExponentialGaussian(), LogNormal(), 1.3, [0.1, -0.4])
+
+
+def factor_analysis():
+    model = FactorAnalysis(
+        2, 1, loadings=torch.tensor([[1.0], [-0.6]]), noise=torch.tensor([0.8, 1.1])
+    )
+    return Case(model.requires_grad_(True), DiagonalNormal(1), [0.7, 0.4], [0.3, -0.2])
+
+
+def elbo(beta=1.0):
+    return lambda lik, prior, q: (WEIGHTS * (lik + beta * (prior - q))).sum()
+
+
+def log_q_times(beta):
+    return lambda lik, prior, q: (WEIGHTS * (lik + prior - beta * q)).sum()
+
+
+def two_draws(lik, prior, q):
+    log_w = lik + prior - q
+    pair = torch.logaddexp(log_w[:, None], log_w) - math.log(2)
+    return (WEIGHTS[:, None] * WEIGHTS * pair).sum()
+
+
+def free(nats):
+    def bound(lik, prior, q):
+        return (WEIGHTS * lik).sum() - (WEIGHTS * (q - prior)).sum().clamp(min=nats)
+
+    return bound
+
+
+ESTIMATORS = {
+    "Trace_ELBO": (Trace_ELBO(), elbo()),
+    "TraceMeanField_ELBO": (TraceMeanField_ELBO(), elbo()),
+    "BetaELBO": (BetaELBO(), elbo()),
+    "BetaELBO, three draws": (BetaELBO(num_particles=3), elbo()),
+    "BetaELBO, 0.3": (BetaELBO(0.3), elbo(0.3)),
+    "BetaELBO, 3": (BetaELBO(3.0), elbo(3.0)),
+    "BetaELBO, log q": (BetaELBO(0.3, weighs="log_q"), log_q_times(0.3)),
+    "FreeBitsELBO, below": (FreeBitsELBO(3.0, groups="sites"), free(3.0)),
+    "FreeBitsELBO, above": (FreeBitsELBO(0.01, groups="sites"), free(0.01)),
+    "StickingTheLanding": (StickingTheLanding(), elbo()),
+    "StickingTheLanding, three draws": (StickingTheLanding(3), elbo()),
+    "ScoreFunctionELBO": (ScoreFunctionELBO(), elbo()),
+    "ScoreFunctionELBO, three draws": (ScoreFunctionELBO(3), elbo()),
+    "IWAE, one draw": (IWAE(1), elbo()),
+    "IWAE": (IWAE(2), two_draws),
+    "DReG, one draw": (DReG(1), elbo()),
+    "DReG": (DReG(2), two_draws),
+    "VIMCO": (VIMCO(2), two_draws),
+}
+
+
+@pytest.mark.parametrize("case", [toy, factor_analysis])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_value_and_gradient_are_those_of_the_bound(case, name):
+    objective, bound = ESTIMATORS[name]
+    case = case()
+    value, gradient = case.exact(bound)
+    values, gradients = case.estimates(objective)
+    for found, exact in ((values[:, None], value), (gradients, gradient)):
+        stderr = found.std(dim=0) / math.sqrt(len(found))
+        # What has no noise has rounding.
+        assert ((found.mean(dim=0) - exact).abs() <= 5 * stderr + 1e-9).all()
+
+
+def test_the_cases_tell_the_bounds_apart():
+    """The test above could not fail if all bounds had one gradient within its errors."""
+    for case in (toy(), factor_analysis()):
+        exact = [case.exact(b)[1] for b in (elbo(), elbo(0.3), log_q_times(0.3), two_draws)]
+        noise = case.estimates(IWAE(2))[1].std(dim=0) / math.sqrt(60)
+        for i, one in enumerate(exact):
+            for other in exact[:i]:
+                assert ((one - other).abs() > 10 * noise).any()
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("objective", [StickingTheLanding(), StickingTheLanding(3), DReG(5)])
+def test_no_noise_where_q_is_the_posterior(objective):
+    fa = FactorAnalysis(5, 3)
+    toy_model, rows = ExponentialGaussian(), torch.tensor([-1.0, 0.5, 3.0])
+    for model, x, family in (
+        (fa, data(fa, size=20), FullRankNormal(3)),
+        (toy_model, rows, TruncatedNormal()),
+    ):
+        guide = PerDatapoint(family, len(x))
+        weight = guide.table("z").weight
+        weight.data = family.params_of(model.posterior(x)).detach()
+        objective.loss_and_grads(model, guide, x)
+        assert weight.grad.abs().max() < 1e-8
+        weight.grad = None
+        Trace_ELBO().loss_and_grads(model, guide, x)
+        assert weight.grad.abs().max() > 1e-2
+
+
+# Evaluation gives the number of training
+
+
+def smooth(guide, x):
+    with private_store(), torch.no_grad():
+        sites = poutine.trace(guide).get_trace(x).nodes.values()
+    return all(s["fn"].has_rsample for s in sites if s["type"] == "sample" and s["name"] != "data")
+
+
+@pytest.mark.usefixtures("double")
+@every_pair
+def test_losses_are_the_numbers_of_elbo_and_iwae(make):
+    model, guide = (m.double() for m in make())
+    x = data(model, size=5)
+    weights = []
+    sampled = [ScoreFunctionELBO(4), VIMCO(4)]
+    if smooth(guide, x):
+        sampled += [StickingTheLanding(4), IWAE(4), DReG(4)]
+    for objective in sampled:
+        # Of the same draws, so equal to rounding.
+        with private_store(), forked_rng(3):
+            loss = objective.loss(model, guide, x)
+        with private_store(), forked_rng(3), torch.no_grad():
+            log_w, _ = ppvae.density.weigh(model, guide, x, 4)
+        of = ppvae.evidence.elbo_of if objective.target == "ELBO" else ppvae.evidence.iwae_of
+        assert -loss == pytest.approx(float(of(log_w).value.sum()), rel=1e-9)
+        weights.append(log_w)
+    estimate = ppvae.elbo(model, guide, x, num_samples=2000)
+    with private_store(), forked_rng(4):
+        losses = torch.tensor([BetaELBO(num_particles=20).loss(model, guide, x) for _ in range(50)])
+    stderr = math.hypot(float(losses.std()) / 50**0.5, float(estimate.stderr.norm()))
+    assert abs(float(losses.mean() + estimate.value.sum())) < 5 * stderr + 1e-9
+
+
+# Discrete latents
+
+
+def by_listing(model, guide, x, two):
+    """The bound with one or two draws, summed over all values of binary latents."""
+    sites = read_model(model, x)
+    log_p = joint_table(model, x, sites)
+    (z,) = configurations(list(sites.latents.values()), x).values()
+    (family,) = guide.families.values()
+    log_q = family.distribution(guide.params(x)).log_prob(z[:, None])
+    log_w = log_p - log_q
+    if not two:
+        return (log_q.exp() * log_w).sum()
+    mean = torch.logaddexp(log_w[:, None], log_w) - math.log(2)
+    return ((log_q[:, None] + log_q).exp() * mean).sum()
+
+
+def flat(params, grads):
+    """Gradients in one vector, zero where there is none."""
+    pairs = zip(params, grads, strict=True)
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in pairs]
+    )
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    ("objective", "two"),
+    [
+        (ScoreFunctionELBO(), False),
+        (ScoreFunctionELBO(4), False),
+        (BetaELBO(), False),
+        (BetaELBO(num_particles=4), False),
+        (TraceGraph_ELBO(), False),
+        (VIMCO(2), True),
+    ],
+    ids=repr,
+)
+def test_gradients_of_binary_latents_are_those_of_the_sum(objective, two):
+    model, guide = pairs.sigmoid_belief_network(4, [3], [6])
+    x = data(model, size=3)
+    params = [*model.parameters(), *guide.parameters()]
+    exact = by_listing(model, guide, x, two)
+    grads = torch.autograd.grad(exact, params, allow_unused=True)
+    expected = flat(params, grads)
+    found, losses = [], []
+    for _ in range(400):
+        for p in params:
+            p.grad = None
+        losses.append(objective.loss_and_grads(model, guide, x))
+        found.append(-flat(params, [p.grad for p in params]))
+    found, losses = torch.stack(found), torch.tensor(losses)
+    assert abs(float(losses.mean() + exact.detach())) < 5 * float(losses.std()) / 20
+    stderr = found.std(dim=0) / 20
+    assert ((found.mean(dim=0) - expected).abs() <= 5 * stderr + 1e-9).all()
+
+
+@pytest.mark.usefixtures("double")
+def test_latents_of_both_kinds_take_each_gradient_that_they_can():
+    """Model M2: the class by the score function, z given the class through its draws."""
+    model, guide = pairs.semisupervised_vae(4, 2, 3, [5], labelled=0)
+    x = data(model, size=4)
+    params = [p for p in guide.parameters() if p.requires_grad]
+
+    def gradients(objective, guide, count):
+        found = []
+        for _ in range(count):
+            for p in params:
+                p.grad = None
+            objective.loss_and_grads(model, guide, x)
+            found.append(torch.cat([p.grad.flatten() for p in params if p.grad is not None]))
+        return torch.stack(found)
+
+    one = gradients(BetaELBO(num_particles=4), guide, 400)
+    other = gradients(TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(guide), 400)
+    stderr = ((one.var(dim=0) + other.var(dim=0)) / 400).sqrt()
+    assert ((one.mean(dim=0) - other.mean(dim=0)).abs() <= 5 * stderr + 1e-9).all()
+    assert stderr.max() < 0.1 * one.mean(dim=0).abs().max()
+
+
+# Where TraceMeanField_ELBO's analytic KL is another number
+
+
+def mean_loss(objective, model, guide, x, count=200):
+    losses = torch.tensor([objective.loss(model, guide, x) for _ in range(count)])
+    return float(losses.mean()), float(losses.std()) / count**0.5
+
+
+def test_the_kl_of_a_guide_from_the_bottom_up_is_sampled():
+    model, guide = pairs.deep_latent_gaussian(6, (3, 2), (8,))
+    with torch.no_grad():
+        for p in [*model.parameters(), *guide.parameters()]:
+            p.mul_(3)
+    x = data(model, size=30)
+    value, stderr = mean_loss(BetaELBO(num_particles=10), model, guide, x)
+    sampled, error = mean_loss(ScoreFunctionELBO(10), model, guide, x)
+    assert abs(value - sampled) < 5 * math.hypot(stderr, error)
+
+
+def test_the_change_of_variables_of_an_autoguide_counts():
+    """Pyro's analytic KL of a Delta leaves its density out: two nats here."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Exponential(1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide, x = AutoNormal(model), torch.tensor([0.5, 2.0])
+    guide(x)
+    guide.locs.z.data += 1.0
+    exact = -float(ppvae.elbo(model, guide, x, num_samples=100_000).value.sum())
+    value, stderr = mean_loss(BetaELBO(num_particles=100), model, guide, x)
+    assert abs(value - exact) < 5 * stderr + 0.05
+    wrong = mean_loss(
+        TraceMeanField_ELBO(100, vectorize_particles=True, max_plate_nesting=1), model, guide, x
+    )
+    assert abs(wrong[0] - exact) > 1.5
+    for objective in (StickingTheLanding(50), IWAE(1)):
+        value, stderr = mean_loss(objective, model, guide, x)
+        assert abs(value - exact) < 5 * stderr + 0.05
+    with pytest.raises(ValueError, match="'_?.*' is a draw of the guide's own"):
+        FreeBitsELBO(0.1).loss(model, guide, x)
+
+
+# Schedules and free bits
+
+
+def test_a_schedule_counts_the_steps_that_ask_for_gradients():
+    model, guide = pairs.factor_analysis(4, 2)
+    x = data(model, size=6)
+    seen = []
+    objective = BetaELBO(lambda step: seen.append(step) or 0.5)
+    for _ in range(3):
+        objective.loss(model, guide, x)
+        objective.differentiable_loss(model, guide, x)
+        objective.loss_and_grads(model, guide, x)
+    assert sorted(set(seen)) == [0, 1, 2]
+    assert objective.steps_taken == 3
+
+
+def test_the_weight_of_a_step_is_the_schedule_s():
+    """The loss is linear in β: reconstruction and KL follow from two fixed weights."""
+    model, guide = pairs.vae(6, 2, [8])
+    x = data(model, size=6)
+
+    def loss(objective):
+        with forked_rng(5):
+            return objective.loss_and_grads(model, guide, x)
+
+    none, one = loss(BetaELBO(0.0)), loss(BetaELBO(1.0))
+    objective = BetaELBO(Linear(4))
+    for weight in (0.0, 0.25, 0.5, 0.75, 1.0, 1.0):
+        assert loss(objective) == pytest.approx(none + weight * (one - none), rel=1e-5)
+    waves = Cyclical(8, cycles=2, start=0.2)
+    assert [round(waves(t), 6) for t in range(10)] == [
+        0.2, 0.6, 1.0, 1.0, 0.2, 0.6, 1.0, 1.0, 1.0, 1.0,
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("nats", [0.0, 0.2, 0.6, 100.0])
+def test_free_bits_are_a_floor_for_the_mean_over_rows(nats):
+    model, guide = pairs.vae(6, 3, [8])
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.mul_(2)
+    x = data(model, size=20)
+    loc, log_scale = guide.params(x).detach().chunk(2, dim=-1)
+    kl = 0.5 * (loc**2 + (2 * log_scale).exp() - 1) - log_scale
+    expected = float((kl.mean(dim=0) - kl.mean(dim=0).clamp(min=nats)).sum() * 20)
+    with forked_rng(6):
+        elbo_loss = BetaELBO().loss(model, guide, x)
+    with forked_rng(6):
+        loss = FreeBitsELBO(nats).loss(model, guide, x)
+    assert elbo_loss - loss == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    # An element below its floor is left alone by the KL: what moves its λ is the reconstruction.
+    below = kl.mean(dim=0) <= nats
+    gradients = []
+    for objective in (FreeBitsELBO(nats), BetaELBO(0.0), BetaELBO(1.0)):
+        table = PerDatapoint(DiagonalNormal(3), 20)
+        table.table("z").weight.data = guide.params(x).detach()
+        with forked_rng(7):
+            objective.loss_and_grads(model, table, x)
+        gradients.append(table.table("z").weight.grad)
+    flags = torch.cat([below, below])
+    torch.testing.assert_close(gradients[0], torch.where(flags, gradients[1], gradients[2]))
+
+
+# Dropping in
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        BetaELBO(Linear(50, start=0.5)),
+        FreeBitsELBO(0.01, groups="sites"),
+        IWAE(5),
+        DReG(5),
+        StickingTheLanding(),
+        ScoreFunctionELBO(8),
+        VIMCO(8),
+    ],
+    ids=repr,
+)
+def test_classic_svi_trains_with_it(objective):
+    model = FactorAnalysis(4, 2, loadings=torch.randn(4, 2))
+    guide = PerDatapoint(DiagonalNormal(2), 50)
+    x = data(model, size=50)
+    before = ppvae.elbo(model, guide, x, num_samples=500)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), objective)
+    for _ in range(150):
+        svi.step(x)
+    assert isinstance(svi.evaluate_loss(x), float)
+    after = ppvae.elbo(model, guide, x, num_samples=500)
+    gain = (after.value - before.value).sum()
+    assert gain > 5 * torch.cat([after.stderr, before.stderr]).norm()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        TraceGraph_ELBO,
+        lambda: TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
+        lambda: RenyiELBO(0.5, num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+        lambda: ReweightedWakeSleep(4, max_plate_nesting=1),
+    ],
+)
+def test_pyros_own_keep_working(loss):
+    model, guide = pairs.factor_analysis(4, 2)
+    x = 2 * data(model, size=4)
+    before = ppvae.elbo(model, guide, x)
+    fit = ppvae.fit(model, guide, x, loss=loss(), steps=100, lr=0.02, progress=False)
+    assert fit.completed
+    assert fit.losses.shape == (100,)
+    after = ppvae.elbo(model, guide, x)
+    gain = (after.value - before.value).sum()
+    assert gain > 5 * torch.cat([after.stderr, before.stderr]).norm()
+
+
+def test_latents_that_all_rows_share():
+    model, guide = pairs.bayesian_neural_network(1, 1, [4])
+    x = data(model, size=12)
+    expected, error = mean_loss(Trace_ELBO(), model, guide, x)
+    for objective in (BetaELBO(), BetaELBO(num_particles=3), StickingTheLanding(3)):
+        value, stderr = mean_loss(objective, model, guide, x, 100)
+        assert abs(value - expected) < 5 * math.hypot(error, stderr)
+    for objective in (IWAE(2), DReG(2), VIMCO(2), ScoreFunctionELBO(), FreeBitsELBO(0.1)):
+        with pytest.raises(ValueError, match="shared by all rows"):
+            objective.loss(model, guide, x)
+
+
+# What is refused
+
+
+def test_draws_without_a_path_are_named():
+    model, guide = pairs.sigmoid_belief_network(4, [3], [6])
+    x = data(model, size=3)
+    for objective, instead in (
+        (IWAE(3), "VIMCO"),
+        (DReG(3), "VIMCO"),
+        (StickingTheLanding(), "ScoreFunctionELBO"),
+    ):
+        with pytest.raises(ValueError, match=rf"'z.*cannot be reparameterised.*{instead}"):
+            objective.loss(model, guide, x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BetaELBO(-1.0), "beta must be a finite weight"),
+        (lambda: BetaELBO(math.nan), "beta must be a finite weight"),
+        (lambda: BetaELBO(weighs="prior"), 'weighs must be "kl" or "log_q"'),
+        (lambda: FreeBitsELBO(-0.1), "nats must be a finite weight"),
+        (lambda: FreeBitsELBO(0.1, groups="rows"), 'groups must be "elements" or "sites"'),
+        (lambda: IWAE(0), "num_particles must be at least 1"),
+        (lambda: VIMCO(1), "num_particles must be at least 2"),
+        (lambda: Linear(0), "steps must be at least 1"),
+        (lambda: Linear(5, stop=-1.0), "stop must be a finite weight"),
+        (lambda: Cyclical(3, cycles=4), "at least one cycle"),
+        (lambda: Cyclical(30, rise=0.0), r"rise must be in \(0, 1\]"),
+        (lambda: Cyclical(30, start=math.inf), "start must be a finite weight"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_schedule_that_goes_negative_says_when():
+    objective = BetaELBO(lambda step: 1.0 - step)
+    objective.steps_taken = 2
+    with pytest.raises(ValueError, match="at step 2 must be a finite weight"):
+        _ = objective.beta
+
+
+def test_elements_without_a_kl_of_their_own():
+    model, guide = pairs.vae(6, 2, [8], pseudo_inputs=4)
+    x = data(model, size=3)
+    with pytest.raises(ValueError, match="Site 'z': its elements have no KL.*groups=\"sites\""):
+        FreeBitsELBO(0.1).loss(model, guide, x)
+    FreeBitsELBO(0.1, groups="sites").loss(model, guide, x)
+
+
+def test_sites_that_do_not_match():
+    model, _ = pairs.vae(6, 2, [8])
+    _, guide = pairs.deep_latent_gaussian(6, (3, 2), (8,))
+    with pytest.raises(ValueError, match="latent sites must be the model's"):
+        IWAE(2).loss(model, guide, torch.ones(3, 6))
+
+
+def test_networks_that_take_no_draws():
+    net = torch.nn.Linear(2, 6)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            logits = net(z.reshape(len(x), 2))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+
+    x = torch.ones(3, 6)
+    value, stderr = mean_loss(StickingTheLanding(), model, guide, x)
+    expected, error = mean_loss(Trace_ELBO(), model, guide, x)
+    assert abs(value - expected) < 5 * math.hypot(stderr, error)
+    with pytest.raises(ValueError, match=r"4 draws at once[\s\S]*leading dimensions"):
+        IWAE(4).loss(model, guide, x)
