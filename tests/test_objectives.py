@@ -189,7 +189,9 @@ def test_the_cases_tell_the_bounds_apart():
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("objective", [StickingTheLanding(), StickingTheLanding(3), DReG(5)])
+@pytest.mark.parametrize(
+    "objective", [StickingTheLanding(), StickingTheLanding(3), DReG(5), ScoreFunctionELBO(3)]
+)
 def test_no_noise_where_q_is_the_posterior(objective):
     fa = FactorAnalysis(5, 3)
     toy_model, rows = ExponentialGaussian(), torch.tensor([-1.0, 0.5, 3.0])
