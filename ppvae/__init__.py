@@ -15,6 +15,7 @@ from ppvae import (
     evidence,
     families,
     generation,
+    gradients,
     guides,
     likelihoods,
     models,
@@ -30,6 +31,7 @@ from ppvae.comparison import compare
 from ppvae.density import log_joint, log_weights
 from ppvae.evidence import Estimate, elbo, enumeration, iwae, quadrature
 from ppvae.explanation import Explanation, explain
+from ppvae.gradients import GradientVariance, gradient_variance
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
 from ppvae.ledger import Comparison
 from ppvae.local import LocalFit, fit_per_datapoint
@@ -48,6 +50,7 @@ __all__ = [
     "Estimate",
     "Explanation",
     "Fit",
+    "GradientVariance",
     "LocalFit",
     "PerDatapoint",
     "Refinement",
@@ -69,6 +72,8 @@ __all__ = [
     "fit_autoencoder",
     "fit_per_datapoint",
     "generation",
+    "gradient_variance",
+    "gradients",
     "guides",
     "iwae",
     "likelihoods",

@@ -538,8 +538,74 @@ def _sum_sites(trace: Trace, shape: torch.Size, given: Mapping[str, Tensor] | No
     return total.expand(shape)
 
 
+@dataclass(frozen=True)
+class PairRun:
+    """One run of a guide, and one of the model at its draws, with their gradients.
+
+    Attributes:
+        log_p: log p(x, z) over all rows, site by site, at draws that are held: it depends on the
+            parameters of the model alone.
+        guided: log q(z | x) over all rows, site by site, and the draws.
+        parameters: What `pyro.param` gave to either, by its name in the store: the tensors that
+            an optimizer changes.
+        model_order: The latent sites, in the order in which the model draws them.
+        guide_order: The same of the guide.
+        listable: The guide's sites whose values can be enumerated.
+        marked: Those that somebody marked for it, ``infer={"enumerate": ...}``.
+        scaled: Whether the model scales a log density.
+    """
+
+    log_p: tuple[Tensor, ...]
+    guided: tuple[Tensor, ...]
+    parameters: Mapping[str, Tensor]
+    model_order: tuple[str, ...]
+    guide_order: tuple[str, ...]
+    listable: tuple[str, ...]
+    marked: tuple[str, ...]
+    scaled: bool
+
+
+def run_pair(model: Program, guide: Program, x: Tensor) -> PairRun:
+    """Run a pair once; it may have latents that all rows share.
+
+    For code that provides the contexts of `judging` itself, and has checked the pair.
+    """
+    of_guide = poutine.trace(guide).get_trace(x)
+    guided = dict(sample_sites(of_guide))
+    own = {
+        name: site
+        for name, site in guided.items()
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+    }
+    held = {name: site["value"].detach() for name, site in own.items()}
+    of_model = poutine.trace(poutine.condition(model, data=held)).get_trace(x)
+    modelled = dict(sample_sites(of_model))
+    # Under `module_local_params` the value of a site is the parameter itself.
+    values = {
+        name: site["value"]
+        for trace in (of_guide, of_model)
+        for name, site in trace.nodes.items()
+        if site["type"] == "param"
+    }
+    log_q = [_site_log_prob(site, observed=True).sum() for site in guided.values()]
+    return PairRun(
+        log_p=tuple(_site_log_prob(site, observed=True).sum() for site in modelled.values()),
+        guided=(*log_q, *(site["value"] for site in own.values())),
+        parameters={
+            name: v.unconstrained() if hasattr(v, "unconstrained") else v
+            for name, v in values.items()
+        },
+        model_order=tuple(name for name in modelled if name in own),
+        guide_order=tuple(own),
+        listable=tuple(
+            n for n, s in own.items() if getattr(s["fn"], "has_enumerate_support", False)
+        ),
+        marked=tuple(name for name, site in own.items() if site["infer"].get("enumerate")),
+        scaled=any(float(site["scale"]) != 1 for site in modelled.values()),
+    )
+
+
 def particles(num_samples: int) -> Any:
-    """The plate of the draws, at dim=-2."""
     return pyro.plate(_PARTICLES, num_samples, dim=-2)
 
 

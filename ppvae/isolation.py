@@ -165,10 +165,14 @@ def _holds_things(item: Any) -> bool:
 
 
 @contextmanager
-def evaluation_mode(*programs: Any) -> Iterator[None]:
+def evaluation_mode(*programs: Any, freeze: bool = True) -> Iterator[None]:
     """Put the modules of the programs into eval mode (dropout, batch norm) for a while.
 
-    Their parameters need no gradient inside; both settings are restored, submodule by submodule.
+    Both settings are restored, submodule by submodule.
+
+    Args:
+        *programs: Models, guides and the like.
+        freeze: Whether their parameters need no gradient inside.
     """
     owned = [part for module in modules_of(*programs) for part in module.modules()]
     training = [(part, part.training) for part in owned]
@@ -176,8 +180,8 @@ def evaluation_mode(*programs: Any) -> Iterator[None]:
     try:
         for part, _ in training:
             part.training = False
-        for p, _ in frozen:
-            p.requires_grad_(False)
+        for p, needed in frozen:
+            p.requires_grad_(needed and not freeze)
         yield
     finally:
         for part, flag in training:

@@ -52,6 +52,7 @@ ROWS = [
     "refinement",
     "evidence",
     "diagnostics",
+    "gradients",
     "ledger",
     "comparison",
     "explanation",
