@@ -552,6 +552,7 @@ class PairRun:
         guide_order: The same of the guide.
         listable: The guide's sites whose values can be enumerated.
         marked: Those that somebody marked for it, ``infer={"enumerate": ...}``.
+        smooth: Whether all of the guide's draws have a gradient.
         scaled: Whether the model scales a log density.
     """
 
@@ -562,6 +563,7 @@ class PairRun:
     guide_order: tuple[str, ...]
     listable: tuple[str, ...]
     marked: tuple[str, ...]
+    smooth: bool
     scaled: bool
 
 
@@ -601,6 +603,7 @@ def run_pair(model: Program, guide: Program, x: Tensor) -> PairRun:
             n for n, s in own.items() if getattr(s["fn"], "has_enumerate_support", False)
         ),
         marked=tuple(name for name, site in own.items() if site["infer"].get("enumerate")),
+        smooth=all(s["fn"].has_rsample for s in guided.values() if not s["is_observed"]),
         scaled=any(float(site["scale"]) != 1 for site in modelled.values()),
     )
 

@@ -32,6 +32,7 @@ from pyro.infer import (
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTMC_ELBO,
     config_enumerate,
 )
 from torch import Tensor, nn
@@ -226,9 +227,11 @@ def gradient_variance(
 
     Variances compare only between estimators of one ``target``: estimators of other bounds
     estimate other gradients. Of Pyro's own, `RenyiELBO` weighs each row by itself where all sites
-    lie in the plate over the rows, and all rows at once where latents are shared by all rows;
-    `ReweightedWakeSleep` weighs all rows at once, and what it follows is the gradient of
-    no one function. An estimator of your own may have a property ``target``; else it is its
+    lie in the plate over the rows, and all rows at once where latents are shared by all rows; of
+    draws without a gradient it estimates, with a bias, the gradient of the bound of infinitely
+    many draws, which of α = 0 is log p(x) and does not depend on the guide.
+    `ReweightedWakeSleep` weighs all rows at once, and what it follows is the gradient of no one
+    function. An estimator of your own may have a property ``target``; else it is its
     class's name.
 
     The groups of parameters are those that log p(x, z) depends on at given z, ``"model"``; those
@@ -464,12 +467,16 @@ def _target(estimator: ELBO, bench: _Bench) -> str:
     if kind is not RenyiELBO:
         return kind.__name__
     count, alpha = estimator.num_particles, estimator.alpha
-    if not bench.shared and not bench.run.scaled:
-        if alpha == 0:
-            return f"IWAE bound, K = {count}"
-        return f"Rényi bound, α = {alpha:g}, K = {count}"
-    how = "of all rows at once" if bench.shared else "with the model's scale inside its weights"
-    return f"Rényi bound {how}, α = {alpha:g}, K = {count}"
+    if alpha == 0 and bench.run.smooth and not bench.shared and not bench.run.scaled:
+        return f"IWAE bound, K = {count}"
+    parts = ["Rényi bound"]
+    if bench.shared:
+        parts.append("of all rows at once")
+    elif bench.run.scaled:
+        parts.append("with the model's scale inside its weights")
+    if not bench.run.smooth:
+        parts.append("of infinitely many draws, estimated")
+    return f"{' '.join(parts)}, α = {alpha:g}, K = {count}"
 
 
 def _sort(
@@ -483,13 +490,10 @@ def _sort(
         reason = _unfit(estimator, bench.run)
         if reason is None:
             try:
-                ready = copy.deepcopy(estimator)
-                tried = copy.deepcopy(estimator)
+                ready = _ready(estimator)
                 # Without validation Pyro gives some wrong gradients instead of an error.
                 with pyro.settings.context(validate_infer=True):
-                    gradient, _, _ = bench.draw(tried, guide, 0)
-                # It costs a run of the pair to find, once.
-                ready.max_plate_nesting = tried.max_plate_nesting
+                    gradient, _, _ = bench.draw(copy.deepcopy(ready), guide, 0)
                 if not bool(torch.isfinite(gradient).all()):
                     reason = "its loss or gradient on these rows is not finite"
             except Exception as error:  # Whatever it is, the others are measured.
@@ -501,6 +505,16 @@ def _sort(
     if not applied:
         _refuse_all(refused)
     return applied, refused
+
+
+def _ready(estimator: ELBO) -> ELBO:
+    """A copy that need not run the pair to find out how deep its plates are nested."""
+    ready = copy.deepcopy(estimator)
+    vectorized = ready.vectorize_particles and ready.num_particles > 1
+    guesses = vectorized or isinstance(ready, (TraceEnum_ELBO, TraceTMC_ELBO))
+    if guesses and ready.max_plate_nesting == math.inf:
+        ready.max_plate_nesting = 1 + vectorized
+    return ready
 
 
 def _refuse_all(refused: Mapping[str, str]) -> None:
@@ -526,6 +540,11 @@ def _unfit(estimator: ELBO, run: PairRun) -> str | None:
         return (
             "the guide has no site to enumerate, so that it would be Trace_ELBO (mark a discrete "
             'site of your own with infer={"enumerate": "parallel"})'
+        )
+    if isinstance(estimator, TraceTMC_ELBO) and not run.marked:
+        return (
+            "no site of the guide is marked for it; give "
+            "pyro.infer.config_enumerate(guide, num_samples=...) as the guide"
         )
     return None
 

@@ -7,6 +7,7 @@ are.
 """
 
 from ppvae.plots.gaps import gap_against, gap_bars, gap_sorted
+from ppvae.plots.gradients import gradient_variance
 from ppvae.plots.images import (
     interpolation,
     latent_grid,
@@ -23,6 +24,7 @@ __all__ = [
     "gap_against",
     "gap_bars",
     "gap_sorted",
+    "gradient_variance",
     "interpolation",
     "latent_grid",
     "latent_scatter",
