@@ -553,6 +553,8 @@ class PairRun:
         listable: The guide's sites whose values can be enumerated.
         marked: Those that somebody marked for it, ``infer={"enumerate": ...}``.
         smooth: Whether all of the guide's draws have a gradient.
+        points: The guide's sites that are a transform of another draw, a Delta that carries the
+            density of the change of variables.
         scaled: Whether the model scales a log density.
     """
 
@@ -564,6 +566,7 @@ class PairRun:
     listable: tuple[str, ...]
     marked: tuple[str, ...]
     smooth: bool
+    points: tuple[str, ...]
     scaled: bool
 
 
@@ -604,11 +607,20 @@ def run_pair(model: Program, guide: Program, x: Tensor) -> PairRun:
         ),
         marked=tuple(name for name, site in own.items() if site["infer"].get("enumerate")),
         smooth=all(s["fn"].has_rsample for s in guided.values() if not s["is_observed"]),
+        points=tuple(name for name, site in own.items() if _carries_density(site)),
         scaled=any(float(site["scale"]) != 1 for site in modelled.values()),
     )
 
 
+def _carries_density(site: dict[str, Any]) -> bool:
+    """Whether a site is a Delta whose log density at its point is not 0."""
+    if distribution_name(site["fn"]) != "Delta":
+        return False
+    return bool((site["fn"].log_prob(site["value"]) != 0).any())
+
+
 def particles(num_samples: int) -> Any:
+    """The plate of the draws, at dim=-2."""
     return pyro.plate(_PARTICLES, num_samples, dim=-2)
 
 

@@ -536,6 +536,11 @@ def _unfit(estimator: ELBO, run: PairRun) -> str | None:
             f"one order, but the model draws {_listed(run.model_order)} and the guide "
             f"{_listed(run.guide_order)}; reorder the guide, or use Trace_ELBO"
         )
+    if isinstance(estimator, TraceMeanField_ELBO) and run.points:
+        return (
+            f"its KL leaves out the change of variables of {_listed(run.points)}, which the guide "
+            f"draws on another space, as AutoNormal does; use Trace_ELBO"
+        )
     if type(estimator) is TraceEnum_ELBO and not run.listable and not run.marked:
         return (
             "the guide has no site to enumerate, so that it would be Trace_ELBO (mark a discrete "

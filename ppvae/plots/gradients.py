@@ -79,8 +79,10 @@ def gradient_variance(
                 arrowprops={"arrowstyle": "->", "color": styles[targets[i]]["color"]},
             )
     lines = _equal_worth(ax)
-    whiskers = zip(cost, height, np.where(silent, 0, np.minimum(2 * error, height)), strict=True)
-    lines += [np.array([(x, max(y - e, bottom / 10)), (x, y + e)]) for x, y, e in whiskers if e]
+    reach = np.where(silent, height - ax.get_ylim()[0], np.minimum(2 * error, 0.999 * height))
+    for x, y, e in zip(cost, height, reach, strict=True):
+        if e > 0:
+            lines.append(np.array([(x, max(y - e, ax.get_ylim()[0])), (x, y)]))
     _plain_ticks(ax)
     ax.set_xlabel(f"cost of a draw ({names[0]}: 1)")
     ax.set_ylabel(f"variance of the gradient, {group}\n(± 2 standard errors)")
