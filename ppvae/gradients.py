@@ -167,7 +167,8 @@ class GradientVariance:
             "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        return [f"parameters of {what}, {int(one['num_elements'])} numbers", *table]
+        count = int(one["num_elements"])
+        return [f"parameters of {what}, {count:,} number{'s' * (count > 1)}", *table]
 
     __repr__ = __str__
 
@@ -178,6 +179,8 @@ def _figure(one: xarray.Dataset, name: str) -> str:
         return "∞" if value > 0 else "–"
     if value == 0 and stderr == 0:
         return "0"
+    if not math.isfinite(stderr):
+        return f"{value:.3g} ± ?"
     # As many decimals as show two digits of the error.
     if stderr > 0 and 1e-3 <= abs(value) < 1e4:
         places = min(6, max(0, 1 - math.floor(math.log10(stderr))))

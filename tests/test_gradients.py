@@ -33,7 +33,7 @@ from ppvae import gradients, pairs, plots
 from ppvae.families import DiagonalNormal
 from ppvae.gradients import gradient_variance
 from ppvae.guides import Amortized, PerDatapoint
-from ppvae.isolation import forked_rng
+from ppvae.isolation import forked_rng, private_store
 from ppvae.nn import MLP
 from ppvae.objectives import IWAE, BetaELBO, DReG, Linear, StickingTheLanding
 
@@ -67,6 +67,12 @@ class OneNormal(pyro.nn.PyroModule):
     def forward(self, x: torch.Tensor) -> None:
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", self.kind(self.m.expand(len(x)), torch.full_like(x, self.scale)))
+
+
+def rows(model: Any, count: int) -> torch.Tensor:
+    """Rows drawn from a model, which would leave its parameters in Pyro's store."""
+    with private_store():
+        return model(size=count).detach()
 
 
 def figures(result: ppvae.GradientVariance, estimator: str, group: str, name: str) -> Any:
@@ -219,13 +225,13 @@ def test_a_large_mean_does_not_drown_a_small_variance() -> None:
 def discrete() -> Any:
     model, guide = pairs.sigmoid_belief_network(x_dim=4, z_dims=[2, 2], hidden=[5], baseline=[3])
     model, guide = model.double(), guide.double()
-    return model, guide, model(size=4).detach()
+    return model, guide, rows(model, 4)
 
 
 def test_enumeration_has_no_noise_and_the_mean_of_the_others() -> None:
     model, guide, x = discrete()
-    estimators = [TraceEnum_ELBO(), TraceGraph_ELBO(), Trace_ELBO()]
-    result = gradient_variance(model, guide, x, estimators=estimators, num_draws=60)
+    estimators: list[ELBO] = [TraceEnum_ELBO(), TraceGraph_ELBO(), Trace_ELBO()]
+    result = gradient_variance(model, guide, x, estimators=estimators, num_draws=40)
     ds = result.dataset
     assert (ds["variance"].sel(estimator="TraceEnum_ELBO", group=["model", "guide"]) == 0).all()
     assert (ds["snr"].sel(estimator="TraceEnum_ELBO") == np.inf).all()
@@ -258,7 +264,11 @@ def test_an_estimator_without_noise_has_no_variance() -> None:
             pyro.sample("x", dist.Normal(torch.zeros_like(x), 1.0), obs=x)
 
     result = gradient_variance(
-        model, OneNormal(dist.Normal), ROWS, estimators=[TraceMeanField_ELBO(), Trace_ELBO()]
+        model,
+        OneNormal(dist.Normal),
+        ROWS,
+        estimators=[TraceMeanField_ELBO(), Trace_ELBO()],
+        num_draws=100,
     )
     variance, _ = figures(result, "TraceMeanField_ELBO", "guide", "variance")
     norm, _ = figures(result, "TraceMeanField_ELBO", "guide", "gradient_norm")
@@ -269,10 +279,9 @@ def test_an_estimator_without_noise_has_no_variance() -> None:
     assert value == pytest.approx(S**2 / len(ROWS), abs=5 * stderr)
 
 
-@pytest.mark.fills_store
 def test_groups_are_what_the_densities_depend_on() -> None:
     model, guide = pairs.vae(x_dim=6, z_dim=2, hidden=[5], pseudo_inputs=3)
-    x = model(size=4).detach()
+    x = rows(model, 4)
     frozen = guide.encoder.layers[0].bias
     frozen.requires_grad_(False)
     result = gradient_variance(model, guide, x, estimators=[Trace_ELBO()], num_draws=8)
@@ -340,7 +349,7 @@ def test_rows_of_a_table_and_latents_of_all_rows() -> None:
     assert ds["group"].values.tolist() == ["guide", "guide.tables.site_z.weight"]
     assert ds.attrs["num_data"] == 3
     model, guide = pairs.bayesian_neural_network(hidden=(2,), num_data=50)
-    x = model(size=50).detach()[:10]
+    x = rows(model, 50)[:10]
     estimators = {"one": Trace_ELBO(), "all": RenyiELBO(alpha=0.0, num_particles=2)}
     result = gradient_variance(model, guide, x, estimators=estimators, num_draws=8)
     assert result.dataset.attrs["num_data"] == 50
@@ -416,10 +425,9 @@ def test_estimators_that_do_not_apply_say_why() -> None:
         gradient_variance(model, guide, ROWS, estimators=[Broken()])
 
 
-@pytest.mark.fills_store
 def test_an_estimator_that_overflows_later_is_refused_then(monkeypatch: Any) -> None:
     model, guide = Conjugate(), OneNormal(dist.Normal)
-    with forked_rng(0):
+    with forked_rng(0), private_store():
         losses = [Trace_ELBO().loss(model, guide, ROWS) for _ in range(50)]
     monkeypatch.setattr(Sometimes, "most", float(np.quantile(losses, 0.9)))
     result = gradient_variance(model, guide, ROWS, estimators=[Sometimes(), Trace_ELBO()])
@@ -475,10 +483,11 @@ def test_an_analytic_kl_is_refused_where_it_forgets_a_change_of_variables() -> N
     model = Conjugate()
     result = gradient_variance(model, AutoNormal(model), ROWS, num_draws=8)
     assert not result.refused
-    names = {"guide", "guide.locs.z_unconstrained", "guide.scales.z_unconstrained"}
-    assert {g.replace("locs.z_", "locs.z_") for g in result.dataset["group"].values} <= names | {
-        "guide.locs.z",
-    }
+    assert result.dataset["group"].values.tolist() == [
+        "guide",
+        "guide.locs.z_unconstrained",
+        "guide.scales.z_unconstrained",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -514,8 +523,7 @@ def test_nothing_to_measure_is_said() -> None:
 def test_everything_of_the_callers_is_as_it_was() -> None:
     model, guide = pairs.factor_analysis(x_dim=3, z_dim=1)
     guide = Amortized(DiagonalNormal(1), nn.Sequential(MLP(3, [4], 2), nn.Dropout(0.5)))
-    x = model(size=5).detach()
-    pyro.clear_param_store()
+    x = rows(model, 5)
     kept = torch.ones(3)
     first, *others = guide.parameters()
     first.grad = torch.full_like(first, 7.0)
@@ -608,7 +616,7 @@ def measured() -> ppvae.GradientVariance:
         "wake-sleep": ReweightedWakeSleep(),
         "analytic": TraceMeanField_ELBO(),
     }
-    return gradient_variance(model, guide, x, estimators=estimators, num_draws=40)
+    return gradient_variance(model, guide, x, estimators=estimators, num_draws=20)
 
 
 def test_the_table_has_a_line_for_each_estimator(measured: ppvae.GradientVariance) -> None:

@@ -83,6 +83,8 @@ def gradient_variance(
     for x, y, e in zip(cost, height, reach, strict=True):
         if e > 0:
             lines.append(np.array([(x, max(y - e, ax.get_ylim()[0])), (x, y)]))
+    for x, y, e in zip(cost, height, 2 * cost_error, strict=True):
+        lines.append(np.array([(max(x - e, ax.get_xlim()[0]), y), (x + e, y)]))
     _plain_ticks(ax)
     ax.set_xlabel(f"cost of a draw ({names[0]}: 1)")
     ax.set_ylabel(f"variance of the gradient, {group}\n(± 2 standard errors)")
@@ -95,7 +97,8 @@ def gradient_variance(
         [
             PointLabel(float(x), float(y), name + suffix)
             for x, y, name, suffix in zip(cost, height, names, _suffixes(one, silent), strict=True)
-        ]
+        ],
+        lead=True,
     )
     return ax
 

@@ -84,8 +84,13 @@ class Labels:
         for line in lines:
             self.obstacles += [_box(x, y, _STROKE, _STROKE) for x, y in _along(self._at(line))]
 
-    def beside(self, labels: Sequence[PointLabel]) -> None:
-        """Write each label beside its point."""
+    def beside(self, labels: Sequence[PointLabel], *, lead: bool = False) -> None:
+        """Write each label beside its point.
+
+        Args:
+            labels: The labels.
+            lead: Whether a thin line leads from a label that found no place near to its point.
+        """
         at = self._at([(label.x, label.y) for label in labels])
         for label, (x, y) in zip(labels, at, strict=True):
             width, height = _size(label.text)
@@ -98,7 +103,7 @@ class Labels:
                 apart = _distance(box, x, y)
                 astray = sum(_distance(box, *other) < apart - 1 for other in at)
                 places.append((far + 20 * astray, dx, dy, box))
-            self._write(label, places, "black")
+            self._write(label, places, "black", lead=lead)
 
     def on_line(self, height: float, text: str) -> None:
         """Write the name of a horizontal line above or below it, at the left if there is room."""
@@ -118,7 +123,12 @@ class Labels:
         return self.ax.transData.transform(points) * 72 / self.ax.figure.dpi
 
     def _write(
-        self, label: PointLabel, places: Sequence[tuple[float, float, float, _Box]], color: str
+        self,
+        label: PointLabel,
+        places: Sequence[tuple[float, float, float, _Box]],
+        color: str,
+        *,
+        lead: bool = False,
     ) -> None:
         """Write a label at the best of some places: (cost, dx, dy, box)."""
         axes: Any = np.asarray(self.ax.bbox.extents) * 72 / self.ax.figure.dpi
@@ -131,6 +141,9 @@ class Labels:
             return round(extra + 1000 * bool(outside) + covered, 1)
 
         _, dx, dy, box = min(places, key=cost)
+        ((x, y),) = self._at([(label.x, label.y)])
+        apart = _distance(box, x, y) > _MARKER
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
         # A text on a text is worse than a text on a line.
         self.obstacles += [box] * 3
         self.ax.annotate(
@@ -142,6 +155,7 @@ class Labels:
             va="center",
             fontsize=_LABEL_SIZE,
             color=color,
+            arrowprops=line if lead and apart else None,
         )
 
 
