@@ -607,12 +607,15 @@ EVERY: dict[str, Callable[[SimpleNamespace, SimpleNamespace, Any], Any]] = {
     "traversals": lambda t, v, ax: plots.traversals(v.model, torch.zeros(2), v.shape, ax=ax),
     "latent_scatter": lambda t, v, ax: plots.latent_scatter(v.guide, v.x, v.labels, ax=ax),
     "latent_grid": lambda t, v, ax: plots.latent_grid(v.model, v.shape, ax=ax),
+    "gradient_variance": lambda t, v, ax: plots.gradient_variance(
+        ppvae.gradient_variance(t.model, t.guide, t.x, num_draws=8), ax=ax
+    ),
 }
 each_plot = pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY.keys())
 
 
 def test_every_public_function_is_in_the_list() -> None:
-    drawing = [getattr(plots, room) for room in ("gaps", "images", "mending", "toy")]
+    drawing = [getattr(plots, room) for room in ("gaps", "gradients", "images", "mending", "toy")]
     public = {
         name
         for room in drawing
