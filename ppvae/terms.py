@@ -147,12 +147,11 @@ class Drawn:
             fn, observed = site["fn"], site["is_observed"]
             if of_guide and observed and distribution_name(fn) != "Unit":
                 continue  # A guide that runs the model: its observations are no part of q.
-            log_prob = scale_and_mask(fn.log_prob(site["value"]), 1.0, site["mask"])
             found.append(
                 Term(
                     name=name,
                     fn=fn,
-                    log_prob=self._shaped(name, site, log_prob),
+                    log_prob=self._shaped(name, site, _log_prob(site)),
                     scale=site["scale"],
                     mask=site["mask"],
                     is_observed=observed,
@@ -195,6 +194,12 @@ class Drawn:
                 f"{sorted(theirs)}. Mark a draw of the guide's own with "
                 f'infer={{"is_auxiliary": True}}.'
             )
+
+
+def _log_prob(site: dict[str, Any]) -> Tensor:
+    """A site's log density, masked and not scaled."""
+    value: Tensor = scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
+    return value
 
 
 @contextmanager
@@ -314,3 +319,84 @@ def _said(scale: float | Tensor) -> str:
     if isinstance(scale, Tensor) and scale.numel() > 1:
         return f"of shape {tuple(scale.shape)}"
     return f"{float(scale):.6g}"
+
+
+@dataclass(frozen=True)
+class PairRun:
+    """One run of a guide, and one of the model at its draws, with their gradients.
+
+    Attributes:
+        log_p: log p(x, z) over all rows, site by site, at draws that are held: it depends on the
+            parameters of the model alone.
+        guided: log q(z | x) over all rows, site by site, and the draws.
+        parameters: What `pyro.param` gave to either, by its name in the store: the tensors that
+            an optimizer changes.
+        model_order: The latent sites, in the order in which the model draws them.
+        guide_order: The same of the guide.
+        listable: The guide's sites whose values can be enumerated.
+        marked: Those that somebody marked for it, ``infer={"enumerate": ...}``.
+        smooth: Whether all of the guide's draws have a gradient.
+        points: The guide's sites that are a transform of another draw, a Delta that carries the
+            density of the change of variables.
+        scaled: Whether the model scales a log density.
+    """
+
+    log_p: tuple[Tensor, ...]
+    guided: tuple[Tensor, ...]
+    parameters: Mapping[str, Tensor]
+    model_order: tuple[str, ...]
+    guide_order: tuple[str, ...]
+    listable: tuple[str, ...]
+    marked: tuple[str, ...]
+    smooth: bool
+    points: tuple[str, ...]
+    scaled: bool
+
+
+def run_pair(model: Program, guide: Program, x: Tensor) -> PairRun:
+    """Run a pair once; it may have latents that all rows share.
+
+    For code that provides the contexts of `ppvae.density.judging` itself, and has checked the pair.
+    """
+    of_guide = poutine.trace(guide).get_trace(x)
+    guided = dict(sample_sites(of_guide))
+    own = {
+        name: site
+        for name, site in guided.items()
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+    }
+    held = {name: site["value"].detach() for name, site in own.items()}
+    of_model = poutine.trace(poutine.condition(model, data=held)).get_trace(x)
+    modelled = dict(sample_sites(of_model))
+    # Under `module_local_params` the value of a site is the parameter itself.
+    values = {
+        name: site["value"]
+        for trace in (of_guide, of_model)
+        for name, site in trace.nodes.items()
+        if site["type"] == "param"
+    }
+    log_q = [_log_prob(site).sum() for site in guided.values()]
+    return PairRun(
+        log_p=tuple(_log_prob(site).sum() for site in modelled.values()),
+        guided=(*log_q, *(site["value"] for site in own.values())),
+        parameters={
+            name: v.unconstrained() if hasattr(v, "unconstrained") else v
+            for name, v in values.items()
+        },
+        model_order=tuple(name for name in modelled if name in own),
+        guide_order=tuple(own),
+        listable=tuple(
+            n for n, s in own.items() if getattr(s["fn"], "has_enumerate_support", False)
+        ),
+        marked=tuple(name for name, site in own.items() if site["infer"].get("enumerate")),
+        smooth=all(s["fn"].has_rsample for s in guided.values() if not s["is_observed"]),
+        points=tuple(name for name, site in own.items() if _carries_density(site)),
+        scaled=any(float(site["scale"]) != 1 for site in modelled.values()),
+    )
+
+
+def _carries_density(site: dict[str, Any]) -> bool:
+    """Whether a site is a Delta whose log density at its point is not 0."""
+    if distribution_name(site["fn"]) != "Delta":
+        return False
+    return bool((site["fn"].log_prob(site["value"]) != 0).any())

@@ -29,14 +29,16 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import ppvae
-from ppvae import gradients, pairs, plots
+from ppvae import pairs, plots
 from ppvae.families import DiagonalNormal
-from ppvae.gradients import gradient_variance
+from ppvae.gradients import PROGRAMS, gradient_variance
+from ppvae.gradients.moments import Moments, block_sizes, statistics
 from ppvae.guides import Amortized, PerDatapoint
 from ppvae.isolation import forked_rng, private_store
 from ppvae.nn import MLP
 from ppvae.objectives import IWAE, BetaELBO, DReG, Linear, StickingTheLanding
 
+PYROS = [Trace_ELBO(), TraceMeanField_ELBO(), TraceGraph_ELBO()]
 M, S = 0.7, 0.8
 ROWS = torch.tensor([1.5, -0.5, 2.0], dtype=torch.float64)
 
@@ -120,6 +122,34 @@ def test_variance_and_mean_are_those_of_the_closed_form(kind: Any) -> None:
     assert value == pytest.approx(gradient / math.sqrt(exact), abs=5 * stderr)
 
 
+@pytest.mark.parametrize("scale", [0.25, 0.6, math.sqrt(0.5), 1.0, 1.4])
+def test_an_analytic_kl_and_sticking_the_landing_have_their_places(scale: float) -> None:
+    """The posterior has precision P = 2 here; the slope in e of each gradient for m is known.
+
+    Analytic beats sampled everywhere, as the likelihood is log-concave. Sticking the landing has no
+    noise where q is as wide as the posterior, is level with analytic where it is as wide as the
+    prior, and is the worst of the three where q is much too narrow.
+    """
+    precision = 2.0
+    slopes = {
+        "Trace_ELBO": precision,
+        "BetaELBO": precision - 1,
+        "StickingTheLanding": precision - 1 / scale**2,
+    }
+    result = gradient_variance(
+        Conjugate(),
+        OneNormal(dist.Normal, scale=scale),
+        ROWS,
+        estimators=[Trace_ELBO(), BetaELBO(), StickingTheLanding()],
+        num_draws=300,
+    )
+    for name, slope in slopes.items():
+        value, stderr = figures(result, name, "guide", "variance")
+        exact = slope**2 * scale**2 / len(ROWS)
+        assert stderr < 0.2 * exact + 1e-20
+        assert value == pytest.approx(exact, abs=5 * stderr + 1e-20)
+
+
 class Known(ELBO):
     """An estimator whose gradient is known: a normal vector about a mean."""
 
@@ -171,23 +201,23 @@ def test_standard_errors_cover_at_their_rate() -> None:
 
 def test_statistics_are_those_of_all_draws_at_once() -> None:
     draws = torch.randn(45, 7, dtype=torch.float64) + torch.arange(7)
-    blocks = gradients._block_sizes(45)
+    blocks = block_sizes(45)
     assert (len(blocks), float(blocks.sum()), float(blocks.max())) == (32, 45, 2)
-    moments = gradients._Moments(blocks, [3, 4])
+    moments = Moments(blocks, [3, 4])
     for draw in draws:
         moments.add(draw)
-    found = gradients._statistics(moments, {"both": [0, 1], "last": [1]}, torch.float64)
+    found = statistics(moments, {"both": [0, 1], "last": [1]}, torch.float64)
     ends = torch.cumsum(blocks, 0).long().tolist()
     for name, part in (("both", draws), ("last", draws[:, 3:])):
 
-        def statistics(g: torch.Tensor) -> torch.Tensor:
+        def directly(g: torch.Tensor) -> torch.Tensor:
             variance = g.var(dim=0).sum()
             square = g.mean(0).square().sum() - variance / len(g)
             return torch.stack([variance, square.sqrt(), (square / variance).sqrt()])
 
-        whole = statistics(part)
+        whole = directly(part)
         left = [
-            statistics(torch.cat([part[: end - size], part[end:]]))
+            directly(torch.cat([part[: end - size], part[end:]]))
             for end, size in zip(ends, blocks.long().tolist(), strict=True)
         ]
         for i, key in enumerate(("variance", "gradient_norm", "snr")):
@@ -199,10 +229,10 @@ def test_statistics_are_those_of_all_draws_at_once() -> None:
 
 def test_leaving_out_single_draws_is_the_textbook_jackknife() -> None:
     draws = torch.randn(20, 3, dtype=torch.float64) + 2
-    moments = gradients._Moments(gradients._block_sizes(20), [3])
+    moments = Moments(block_sizes(20), [3])
     for draw in draws:
         moments.add(draw)
-    found = gradients._statistics(moments, {"all": [0]}, torch.float64)["all"]
+    found = statistics(moments, {"all": [0]}, torch.float64)["all"]
     left = torch.stack([torch.cat([draws[:i], draws[i + 1 :]]).var(dim=0).sum() for i in range(20)])
     expected = math.sqrt(19 / 20 * float((left - left.mean()).square().sum()))
     assert found["variance_stderr"] == pytest.approx(expected, rel=1e-10)
@@ -210,10 +240,10 @@ def test_leaving_out_single_draws_is_the_textbook_jackknife() -> None:
 
 def test_a_large_mean_does_not_drown_a_small_variance() -> None:
     noise = torch.randn(50, 4, dtype=torch.float64)
-    moments = gradients._Moments(gradients._block_sizes(50), [4])
+    moments = Moments(block_sizes(50), [4])
     for draw in noise:
         moments.add(1e8 + 1e-4 * draw)
-    found = gradients._statistics(moments, {"all": [0]}, torch.float64)["all"]
+    found = statistics(moments, {"all": [0]}, torch.float64)["all"]
     # Of the draws themselves no more is left than 1e8 · 2⁻⁵² beside 1e-4.
     assert found["variance"] == pytest.approx(1e-8 * float(noise.var(dim=0).sum()), rel=1e-3)
 
@@ -323,10 +353,10 @@ def functions(x: torch.Tensor) -> tuple[Any, Any]:
 
 def test_plain_functions_with_bare_parameters() -> None:
     model, guide = functions(ROWS)
-    result = gradient_variance(model, guide, ROWS, num_draws=200)
+    result = gradient_variance(model, guide, ROWS, estimators=PYROS, num_draws=200)
     ds = result.dataset
     programs = dict(zip(ds["group"].values.tolist(), ds["program"].values.tolist(), strict=True))
-    tensors = {g: p for g, p in programs.items() if g not in gradients.PROGRAMS}
+    tensors = {g: p for g, p in programs.items() if g not in PROGRAMS}
     assert tensors == {"shift": "shared", "noise": "model", "slope": "guide"}
     # d/d slope of the ELBO of a row with mean a = slope x: x (x − 2 a).
     exact = abs(float((ROWS * (ROWS - 0.8 * ROWS)).mean()))
@@ -461,7 +491,7 @@ def test_an_analytic_kl_is_refused_where_sites_are_in_another_order() -> None:
             low = pyro.sample("low", dist.Normal(m.expand(len(x)), 1.0))
             pyro.sample("top", dist.Normal(0.5 * low, 1.0))
 
-    result = gradient_variance(model, guide, ROWS, num_draws=8)
+    result = gradient_variance(model, guide, ROWS, estimators=PYROS, num_draws=8)
     assert (
         "the model draws top, low and the guide low, top" in result.refused["TraceMeanField_ELBO"]
     )
@@ -476,11 +506,11 @@ def test_an_analytic_kl_is_refused_where_it_forgets_a_change_of_variables() -> N
             z = pyro.sample("z", dist.LogNormal(torch.zeros_like(x), 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    result = gradient_variance(positive, AutoNormal(positive), ROWS, num_draws=8)
+    result = gradient_variance(positive, AutoNormal(positive), ROWS, estimators=PYROS, num_draws=8)
     assert "leaves out the change of variables of z" in result.refused["TraceMeanField_ELBO"]
     assert result.dataset["estimator"].values.tolist() == ["Trace_ELBO", "TraceGraph_ELBO"]
     model = Conjugate()
-    result = gradient_variance(model, AutoNormal(model), ROWS, num_draws=8)
+    result = gradient_variance(model, AutoNormal(model), ROWS, estimators=PYROS, num_draws=8)
     assert not result.refused
     assert result.dataset["group"].values.tolist() == [
         "guide",
