@@ -17,7 +17,6 @@ from ppvae import data, pairs, plots
 from ppvae.isolation import forked_rng
 from ppvae.objectives import (
     IWAE,
-    VIMCO,
     BetaELBO,
     DReG,
     ScoreFunctionELBO,
@@ -25,7 +24,7 @@ from ppvae.objectives import (
 )
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
-DRAWS = 20 if QUICK else 100
+DRAWS = 20 if QUICK else 50
 
 # %%
 # At the start of training
@@ -59,7 +58,7 @@ print(start)
 # After training
 # --------------
 
-ppvae.fit(model, guide, digits.train, steps=100 if QUICK else 1500, lr=3e-3, seed=0, progress=False)
+ppvae.fit(model, guide, digits.train, steps=100 if QUICK else 1200, lr=3e-3, seed=0, progress=False)
 end = ppvae.gradient_variance(model, guide, x, estimators=OF_THE_ELBO, num_draws=DRAWS)
 print(end)
 
@@ -86,17 +85,19 @@ plt.show()
 # Bounds with several draws
 # -------------------------
 # The importance-weighted bound is another objective, so that its estimators compare among
-# themselves. IWAE's signal falls behind its noise as K grows; the doubly reparameterised gradient's
-# does not.
+# themselves. IWAE's signal falls behind its noise as K grows, in the end as the root of K
+# (Rainforth et al. 2018, theorem 1). The doubly reparameterised gradient keeps three times the
+# ratio or more, and loses less of it: that it loses nothing holds for large K, and nearer to the
+# optimum than this guide is.
 
 OF_THE_BOUNDS = {
     f"{kind.__name__}, K = {count}": kind(count)
     for count in ((2, 8) if QUICK else (2, 8, 32))
-    for kind in (IWAE, DReG, VIMCO)
+    for kind in (IWAE, DReG)
 }
 bounds = ppvae.gradient_variance(model, guide, x, estimators=OF_THE_BOUNDS, num_draws=DRAWS)
 table = bounds.dataset.sel(group="guide").to_dataframe()
-print(table[["target", "snr", "snr_stderr", "relative_cost"]].round(3).to_string())
+print(table[["snr", "snr_stderr", "relative_cost"]].round(3).to_string())
 
 # %%
 # Discrete latents
@@ -106,7 +107,7 @@ print(table[["target", "snr", "snr_stderr", "relative_cost"]].round(3).to_string
 
 with forked_rng(1):
     model, guide = pairs.sigmoid_belief_network(digits.x_dim, z_dims=[8], baseline=[32])
-ppvae.fit(model, guide, digits.train, steps=50 if QUICK else 500, lr=3e-3, seed=0, progress=False)
+ppvae.fit(model, guide, digits.train, steps=50 if QUICK else 400, lr=3e-3, seed=0, progress=False)
 discrete = ppvae.gradient_variance(
     model,
     guide,
@@ -118,7 +119,7 @@ discrete = ppvae.gradient_variance(
         "sum over all values": TraceEnum_ELBO(max_plate_nesting=1),
         "sticking the landing": StickingTheLanding(),
     },
-    num_draws=DRAWS // 2,
+    num_draws=20 if QUICK else 40,
 )
 print(discrete)
 
