@@ -37,7 +37,7 @@ def build(prior, train, z_dim, hidden):
     return pairs.vae(train.shape[1], z_dim, hidden, **options)
 
 
-def train_for(model, guide, train, seconds, batch_size):
+def train_for(model, guide, train, seconds, batch_size, loss=None):
     """Fit for so many seconds of CPU time; give what was spent."""
     began_cpu, began = time.process_time(), time.perf_counter()
 
@@ -45,23 +45,15 @@ def train_for(model, guide, train, seconds, batch_size):
         return time.process_time() - began_cpu
 
     steps = 50  # To see how fast it goes.
-    ppvae.fit(model, guide, train, steps=steps, batch_size=batch_size, progress=False, seed=1000)
+    options = {"loss": loss, "batch_size": batch_size, "progress": False}
+    ppvae.fit(model, guide, train, steps=steps, seed=1000, **options)
     per_step, until = spent() / steps, 0.0
     losses = []
     for seed, (share, lr) in enumerate(ROUNDS):
         until += share * seconds
         count = max(1, int((until - spent()) / per_step))
         before = spent()
-        fit = ppvae.fit(
-            model,
-            guide,
-            train,
-            steps=count,
-            batch_size=batch_size,
-            lr=lr,
-            progress=False,
-            seed=seed,
-        )
+        fit = ppvae.fit(model, guide, train, steps=count, lr=lr, seed=seed, **options)
         if not fit.completed:
             raise SystemExit(fit.status)
         steps += count

@@ -103,17 +103,31 @@ class Drawn:
         }
 
     def log_q(self, values: Mapping[str, Tensor] | None = None) -> list[Term]:
-        """The guide's terms at its own draws, or at other values of the same sites.
+        """The guide's terms at its own draws.
 
-        At other values the guide runs again, unless it has one site: its distribution there is
-        the same whatever is drawn.
+        Args:
+            values: The same draws with other gradients behind them. For them the guide runs again,
+                unless it has one site: its distribution there is the same whatever is drawn.
+
+        Raises:
+            ValueError: If the guide gives other densities when it runs again, or a density that
+                it has for the draws themselves alone.
         """
         if values is None:
             return self._terms(self.trace, of_guide=True)
-        if len(self.values) == 1:
-            return self._terms(_replaced(self.trace, values), of_guide=True)
-        again = poutine.replay(self.guide, trace=_replaced(self.trace, values))
-        return self._terms(self._run(again), of_guide=True)
+        trace = _replaced(self.trace, values)
+        try:
+            if len(self.values) == 1:
+                return self._terms(trace, of_guide=True)
+            again = self._terms(self._run(poutine.replay(self.guide, trace=trace)), of_guide=True)
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"The guide's density at copies of its draws of {sorted(values)} is not known, as "
+                f"with a flow that has no inverse: {error} Use BetaELBO or IWAE, which take it at "
+                f"the draws themselves."
+            ) from error
+        self._check_repeats(again)
+        return again
 
     def log_p(self, values: Mapping[str, Tensor] | None = None) -> list[Term]:
         """The model's terms at the guide's draws, or at other values of the same sites.
@@ -180,6 +194,20 @@ class Drawn:
                 f"only the last dimensions, x.reshape(*x.shape[:-1], ...)."
             )
         return value.expand(shape)
+
+    def _check_repeats(self, again: list[Term]) -> None:
+        """Refuse a guide with noise of its own, such as dropout, for which q is another each time."""
+        for one, other in zip(self.log_q(), again, strict=True):
+            before = one.log_prob.detach()
+            change = (other.log_prob.detach() - before).abs().mean()
+            # Far above rounding, also that of a flow that is inverted.
+            if bool(change > 1e-3 * (1 + before.abs().mean())):
+                raise ValueError(
+                    f"Site {one.name!r}: the guide runs twice, and the second time the log density "
+                    f"of the same draws differs by {float(change):.3g} nats. Switch off what is "
+                    f"random in it beside its sample sites, such as dropout (guide.eval()), or use "
+                    f"BetaELBO or IWAE, for which it runs once."
+                )
 
     def _check_sites(self, terms: list[Term]) -> None:
         ours = {t.name for t in terms if not t.is_observed}

@@ -33,8 +33,8 @@ class IWAE(Objective):
     that ``-loss / N`` estimates the same number whatever the minibatch. In `pyro.infer.RenyiELBO`
     it is in the weights, whose log-mean-exp is then no bound.
 
-    For the guide's parameters the signal of this gradient falls behind its noise as K grows
-    (Rainforth et al. 2018, theorem 1): see `DReG`.
+    For the guide's parameters the signal of this gradient falls behind its noise as K grows, as
+    :math:`K^{-1/2}` (Rainforth et al. 2018, theorem 1): see `DReG`.
 
     Args:
         num_particles: K.
@@ -82,8 +82,9 @@ class DReG(Objective):
               \frac{\partial \log w_{kn}}{\partial z_{kn}} \frac{d z_{kn}}{d \phi}\Bigr]
 
     and for those of the model it stays :math:`\sum_k \tilde w_k \nabla_\theta \log p(x, z_k)`
-    (Tucker et al. 2019, eq. 8 and algorithm 1). It is unbiased, its noise falls with K as its
-    signal does, and it vanishes where q is the posterior. With K = 1 it is `StickingTheLanding`.
+    (Tucker et al. 2019). It is unbiased, and it vanishes where q is the posterior. As K grows its
+    noise falls faster than its signal, so that their ratio rises as :math:`K^{1/2}` where that of
+    `IWAE` falls as :math:`K^{-1/2}`. With K = 1 it is `StickingTheLanding`.
 
     What is a parameter of the model and what of the guide is decided by where it acts, not by its
     name: one that acts in both gets both parts.
@@ -93,7 +94,8 @@ class DReG(Objective):
 
     Raises:
         ValueError: If K is less than 1; on a call, if a draw of the guide has no path for the
-            gradient, a latent is shared by all rows, or sites are scaled differently.
+            gradient, a latent is shared by all rows, sites are scaled differently, or the guide
+            has its density at its own draws alone or, with several sites, noise such as dropout.
 
     Example:
         >>> import torch

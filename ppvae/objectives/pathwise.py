@@ -23,7 +23,7 @@ class StickingTheLanding(Objective):
               \frac{\partial}{\partial z} \bigl(\log p(x_n, z) - \log q(z \mid x_n)\bigr)
               \frac{d z}{d \phi}\Bigr]
 
-    (Roeder, Wu & Duvenaud 2017, eq. 6 to 8). If :math:`q(z \mid x_n) = p(z \mid x_n)` then
+    (Roeder, Wu & Duvenaud 2017). If :math:`q(z \mid x_n) = p(z \mid x_n)` then
     :math:`\log p - \log q` is constant in z, and each draw gives zero. Far from there what is
     left out may have been of use, as a control variate, and the noise is the larger for it:
     `ppvae.gradient_variance` says which is the case for a pair.
@@ -32,7 +32,8 @@ class StickingTheLanding(Objective):
         num_particles: Draws for every row.
 
     Raises:
-        ValueError: On a call, if a draw of the guide has no path for the gradient.
+        ValueError: On a call, if a draw of the guide has no path for the gradient, or the guide
+            has its density at its own draws alone or, with several sites, noise such as dropout.
 
     Example:
         >>> import torch

@@ -24,7 +24,7 @@ class ScoreFunctionELBO(Objective):
               \nabla_\phi \log q(z_{kn} \mid x_n)\Bigr], \qquad
               f_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n)
 
-    (REINFORCE; Ranganath, Gerrish & Blei 2014, eq. 2), and
+    (REINFORCE; Ranganath, Gerrish & Blei 2014), and
     :math:`\frac{1}{K} \sum_k \nabla_\theta \log p(x, z_k)` for parameters of the model. It asks
     nothing of the model's derivatives in z. With one draw :math:`b = 0`; with more the baseline is
     the mean over the row's other draws, :math:`b_k = \frac{1}{K-1} \sum_{j \ne k} f_j` (Kool, van
@@ -78,7 +78,7 @@ class VIMCO(Objective):
               \hat L_{-k} = \log \frac{1}{K} \Bigl(\sum_{j \ne k} w_j + \hat w_k\Bigr)
 
     where :math:`\hat w_k = \exp(\frac{1}{K-1} \sum_{j \ne k} \log w_j)` stands for the weight
-    left out (Mnih & Rezende 2016, eq. 7 and 9, algorithm 1). Each draw has its own signal, and
+    left out (Mnih & Rezende 2016). Each draw has its own signal, and
     the others are its baseline: nothing is learned, and the gradient is unbiased.
 
     Draws that could be reparameterised are not; where all can be, `DReG` has less noise.
