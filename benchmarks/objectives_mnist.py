@@ -75,11 +75,12 @@ def main():
         judged = judge(model, guide, test, options.draws)
         first = judged if first is None else first
         figures[name] = {**spent, **{key: with_errors(*pair) for key, pair in judged.items()}}
-        for key, (value, noise) in judged.items():
+        if judged is not first:
             # Of the same images, so that how they differ does not matter.
-            figures[name][f"{key}_over_the_first"] = with_errors(
-                value - first[key][0], torch.hypot(noise, first[key][1])
-            )
+            for key, (value, noise) in judged.items():
+                figures[name][f"{key}_over_the_first"] = with_errors(
+                    value - first[key][0], torch.hypot(noise, first[key][1])
+                )
         print(name, json.dumps(figures[name], indent=1), flush=True)
     if options.out is not None:
         options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -196,7 +196,7 @@ class Drawn:
         return value.expand(shape)
 
     def _check_repeats(self, again: list[Term]) -> None:
-        """Refuse a guide with noise of its own, such as dropout, for which q is another each time."""
+        """Refuse a guide with noise of its own, such as dropout: q is then another each time."""
         for one, other in zip(self.log_q(), again, strict=True):
             before = one.log_prob.detach()
             change = (other.log_prob.detach() - before).abs().mean()
