@@ -194,7 +194,7 @@ class FreeBitsELBO(Objective):
             "Use BetaELBO, or a guide that draws the latents themselves, such as "
             "ppvae.guides.Amortized.",
         )
-        scale = torch.as_tensor(row_scale(*log_p, *log_q))
+        scale = torch.as_tensor(row_scale(*log_p, *log_q)).to(log_p[0].log_prob)
         rows = Rows()
         for term in log_p:
             if term.is_observed:
