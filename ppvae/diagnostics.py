@@ -1,4 +1,4 @@
-"""Diagnostics: per datum from log weights, per latent element from draws."""
+"""Diagnostics: per datum from log weights, per latent element from draws and KL terms."""
 
 from __future__ import annotations
 

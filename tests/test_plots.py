@@ -598,6 +598,7 @@ EVERY: dict[str, Callable[[SimpleNamespace, SimpleNamespace, Any], Any]] = {
     "explanation": lambda t, v, ax: plots.explanation(EXPLANATION, ax=ax),
     "repair_costs": lambda t, v, ax: plots.repair_costs(COSTS, ax=ax),
     "refinement": lambda t, v, ax: plots.refinement(refined(), MEASURED, ax=ax),
+    "element_kl": lambda t, v, ax: plots.element_kl([kl_of([1.0, 2.0, 3.0])] * 2, [0, 1], ax=ax),
     "samples": lambda t, v, ax: plots.samples(v.model, v.shape, ax=ax),
     "reconstructions": lambda t, v, ax: plots.reconstructions(
         v.model, v.guide, v.x, v.shape, ax=ax
@@ -616,7 +617,8 @@ each_plot = pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY.keys())
 
 
 def test_every_public_function_is_in_the_list() -> None:
-    drawing = [getattr(plots, room) for room in ("gaps", "gradients", "images", "mending", "toy")]
+    rooms = ("collapse", "gaps", "gradients", "images", "mending", "toy")
+    drawing = [getattr(plots, room) for room in rooms]
     public = {
         name
         for room in drawing

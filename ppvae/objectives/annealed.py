@@ -194,7 +194,8 @@ class FreeBitsELBO(Objective):
             "Use BetaELBO, or a guide that draws the latents themselves, such as "
             "ppvae.guides.Amortized.",
         )
-        scale = torch.as_tensor(row_scale(*log_p, *log_q)).to(log_p[0].log_prob)
+        like = log_p[0].log_prob
+        scale = torch.as_tensor(row_scale(*log_p, *log_q), dtype=like.dtype, device=like.device)
         rows = Rows()
         for term in log_p:
             if term.is_observed:
