@@ -142,11 +142,12 @@ def row(run):
 
 
 table = {name: row(run) for name, run in runs.items()}
-print(f"{'':10}{'ELBO':>17}{'IWAE, 500 draws':>18}  active z_1  z_2 (most){'KL':>15}  of it z_2")
+print(f"{'':10}{'ELBO':>17}{'IWAE, 500 draws':>18}  active z_1  z_2 (most){'KL':>16}  of it z_2")
 for name, r in table.items():
     print(
         f"{name:10}{r['elbo'].mean:9.3f} ± {r['elbo'].mean_stderr:.3f}"
-        f"{r['iwae'].mean:10.3f} ± {r['iwae'].mean_stderr:.3f}{r['lower']:12}{r['upper']:5} ({r['most']})   "
+        f"{r['iwae'].mean:10.3f} ± {r['iwae'].mean_stderr:.3f}"
+        f"{r['lower']:12}{r['upper']:5} ({r['most']})   "
         f"{r['kl']:8.3f} ± {r['kl_stderr']:.3f}{r['kl_upper']:11.3f}"
     )
 
