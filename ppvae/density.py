@@ -504,17 +504,20 @@ def _behind_a_delta(
 def _site_log_prob(site: dict[str, Any], *, observed: bool) -> Tensor:
     """Unscaled log density of a site, −inf where a latent value lies outside of the support."""
     fn, value = site["fn"], site["value"]
-    if observed or not hasattr(fn, "support"):
-        log_prob = fn.log_prob(value)
-    else:
-        inside = fn.support.check(value)
-        if bool(inside.all()):
-            log_prob = fn.log_prob(value)
-        else:
-            where = inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim()))
-            safe = torch.where(where, value, fn.sample().expand_as(value))
-            log_prob = fn.log_prob(safe).masked_fill(~inside, -torch.inf)
+    log_prob = fn.log_prob(value) if observed else log_density(fn, value)
     return scale_and_mask(log_prob, 1.0, site["mask"])
+
+
+def log_density(fn: Any, value: Tensor) -> Tensor:
+    """The log density of a distribution, −inf where a value lies outside of its support."""
+    if not hasattr(fn, "support"):
+        return torch.as_tensor(fn.log_prob(value))
+    inside = fn.support.check(value)
+    if bool(inside.all()):
+        return torch.as_tensor(fn.log_prob(value))
+    where = inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim()))
+    safe = torch.where(where, value, fn.sample().expand_as(value))
+    return torch.as_tensor(fn.log_prob(safe)).masked_fill(~inside, -torch.inf)
 
 
 def _sum_sites(trace: Trace, shape: torch.Size, given: Mapping[str, Tensor] | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Diagnostics: per datum from log weights, per latent element from draws."""
+"""Diagnostics: per datum from log weights, per latent element from draws and KL terms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from ppvae.density import (
     prior_draws,
     weigh,
 )
-from ppvae.isolation import check_rows
+from ppvae.divergence import Latent, check_no_auxiliary, latents
+from ppvae.isolation import check_rows, unvalidated
+from ppvae.terms import Drawn
 
 # ArviZ needs five weights in the tail, which is a fifth of them.
 _LEAST_DRAWS = 25
@@ -307,3 +309,142 @@ def _quantile_variance(z: Tensor) -> tuple[Tensor, Tensor]:
         for level in (_ONE_SIGMA, 1 - _ONE_SIGMA)
     )
     return scale.square(), scale * torch.hypot(high, low)
+
+
+@dataclass(frozen=True)
+class ElementKL:
+    """How far the guide's posterior of each latent element lies from the prior.
+
+    Attributes:
+        kl: Mean over the rows, ``(entries,)``, nats per datum: 0 where the guide says what the
+            prior says.
+        stderr: Monte Carlo standard error of ``kl`` for these rows, ``(entries,)``; 0 where it is
+            analytic and hangs on no draw.
+        names: Site and index of each element, such as ``"z[0]"``; a scalar, and a site whose
+            elements have no KL of their own, has the site's name.
+        total: KL(q(z | x) || p(z)) of all latents together, the sum of ``kl``.
+        total_stderr: Its Monte Carlo standard error.
+    """
+
+    kl: Tensor
+    stderr: Tensor
+    names: tuple[str, ...]
+    total: float
+    total_stderr: float
+
+    def __repr__(self) -> str:
+        order = self.kl.argsort(descending=True, stable=True)[:4].tolist()
+        largest = ", ".join(f"{self.names[at]} {float(self.kl[at]):.3g}" for at in order)
+        return (
+            f"ElementKL(total {self.total:.4g} ± {self.total_stderr:.2g} nats a datum; "
+            f"largest: {largest})"
+        )
+
+
+def element_kl(
+    model: Program, guide: Program, x: Tensor, *, num_samples: int = 64, seed: int = 0
+) -> ElementKL:
+    r"""The KL of each latent element from its prior, averaged over the rows.
+
+    .. math:: \mathrm{KL}_j = \frac1N \sum_n
+              E_{q(z \mid x_n)}\!\left[\log \frac{q(z_j \mid x_n)}{p(z_j)}\right]
+
+    An element at 0 has collapsed onto its prior, and carries nothing of the data. Summed over the
+    elements this is what the ELBO falls short of the mean log-likelihood of the draws,
+    :math:`E_q[\log p(x \mid z)]`.
+
+    Where torch knows the KL of two elements it is analytic; where it does not, and guide and
+    prior are products over elements, the log ratio is averaged over the draws. Where one of them
+    is no product (a full-rank normal, a flow, a mixture or a VampPrior as prior), there is one
+    figure for the whole site, under its name.
+
+    A site whose prior or posterior hangs on other latents, as in a model with layers, is averaged
+    over the draws of those. Its figure is a mean KL if the guide draws before it what its prior
+    hangs on. If not, as in a guide from the bottom up, it is :math:`E_q[\log q - \log p]` of that
+    site, which can be negative; the sum over all sites is the KL of the pair either way.
+
+    Masked rows count as 0; scales of plates and handlers are left out.
+
+    Args:
+        model: A Pyro model with one local plate over the rows, called as ``model(x)``.
+        guide: A Pyro guide with the same latent sites, called as ``guide(x)``.
+        x: Rows, ``(batch, *event)``.
+        num_samples: Draws per row, at least 2.
+        seed: Seed of the draws; the caller's generators are left as they were.
+
+    Returns:
+        A figure for each latent element: sites in the model's order, the elements of each
+        flattened. It is infinite where the guide draws values that the prior excludes.
+
+    Raises:
+        ValueError: If the guide draws auxiliary variables of which the latents are functions, as
+            `AutoNormal` does, ``num_samples`` is too small, or the rows, the model or the guide
+            are unfit; see `ppvae.density.check_pair`.
+
+    Example:
+        >>> import pyro, torch
+        >>> from ppvae import pairs
+        >>> model, _ = pairs.vae(x_dim=6, z_dim=2, hidden=[8])
+        >>> def guide(x):
+        ...     loc = torch.tensor([1.0, 0.0]).expand(len(x), 2)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", pyro.distributions.Normal(loc, 1.0).to_event(1))
+        >>> element_kl(model, guide, torch.ones(5, 6))
+        ElementKL(total 0.5 ± 0 nats a datum; largest: z[0] 0.5, z[1] 0)
+    """
+    check_rows(x, model, guide)
+    check_count("num_samples", num_samples, least=2)
+    start = total = squares = torch.zeros((), dtype=torch.float64, device=x.device)
+    names: list[str] = []
+    with judging(seed, x, model, guide), torch.no_grad():
+        sites = check_pair(model, guide, x).latents
+        for index, size in enumerate(draw_chunks(num_samples, x)):
+            with unvalidated():
+                drawn = Drawn(model, guide, (x,), {}, size)
+                log_q, log_p = drawn.log_q(), drawn.log_p()
+                check_no_auxiliary(
+                    log_q,
+                    "Use a guide that draws the latents themselves, such as "
+                    "ppvae.guides.Amortized or ppvae.guides.PerDatapoint.",
+                )
+                found = [(latent, _site_kl(latent)) for latent in latents(log_p, log_q)]
+            parts = torch.cat([value for _, value in found], dim=-1).double()
+            # The last column is the sum, whose draws hang together.
+            parts = torch.cat([parts, parts.sum(dim=-1, keepdim=True)], dim=-1)
+            if index == 0:
+                # Distances from the first draw are exactly 0 where nothing hangs on the draws.
+                start = parts[0].masked_fill(~parts[0].isfinite(), 0.0)
+                names = [
+                    name
+                    for latent, value in found
+                    for name in _entry_names(sites[latent.prior.name], value)
+                ]
+            total = total + (parts - start).sum(dim=0)
+            squares = squares + (parts - start).square().sum(dim=0)
+    mean = (start + total / num_samples).mean(dim=0)
+    within = (squares - total.square() / num_samples).clamp(min=0) / (num_samples - 1)
+    stderr = (within / num_samples).sum(dim=0).sqrt() / len(x)
+    # Infinity less infinity is no number.
+    stderr = stderr.masked_fill(mean.isinf(), torch.inf)
+    return ElementKL(
+        kl=mean[:-1],
+        stderr=stderr[:-1],
+        names=tuple(names),
+        total=float(mean[-1]),
+        total_stderr=float(stderr[-1]),
+    )
+
+
+def _site_kl(latent: Latent) -> Tensor:
+    """The KL of a site's elements, or that of the site as one; ``(num_draws, batch, entries)``."""
+    of_elements = latent.kl_of_elements()
+    if of_elements is None and latent.kl() is None:
+        of_elements = latent.log_ratio_of_elements()
+    if of_elements is not None:
+        return of_elements
+    whole = latent.kl()
+    return (latent.log_ratio() if whole is None else whole)[..., None]
+
+
+def _entry_names(site: LatentSite, value: Tensor) -> list[str]:
+    return [site.name] if value.shape[-1] != site.size else _element_names(site)

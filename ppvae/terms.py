@@ -37,6 +37,7 @@ class Term:
     Attributes:
         name: The site.
         fn: Its distribution.
+        value: What was drawn or observed, with the draws and the rows in front.
         log_prob: ``(num_draws, batch)``, or ``(num_draws, 1)`` for a site that all rows share; in
             nats, masked, not scaled.
         scale: What the plates and handlers around the site multiply it by: a number, or one for
@@ -49,6 +50,7 @@ class Term:
 
     name: str
     fn: Any
+    value: Tensor
     log_prob: Tensor
     scale: float | Tensor
     mask: Any
@@ -165,6 +167,7 @@ class Drawn:
                 Term(
                     name=name,
                     fn=fn,
+                    value=site["value"],
                     log_prob=self._shaped(name, site, _log_prob(site)),
                     scale=site["scale"],
                     mask=site["mask"],

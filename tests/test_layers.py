@@ -27,6 +27,7 @@ ROWS = [
     "priors",
     "density",
     "terms",
+    "divergence",
     "configurations",
     "families",
     "freeing",

@@ -431,6 +431,18 @@ def test_free_bits_are_a_floor_for_the_mean_over_rows(nats):
     torch.testing.assert_close(gradients[0], torch.where(flags, gradients[1], gradients[2]))
 
 
+def test_free_bits_keep_the_precision_and_the_device_of_the_pair(device):
+    """With nothing free this is the ELBO, also where the scale is no float32 number."""
+    model, guide = (m.double().to(device) for m in pairs.vae(6, 3, [8]))
+    x = data(model, size=3)
+    losses = []
+    for objective in (FreeBitsELBO(0.0), BetaELBO()):
+        with forked_rng(6, device):
+            thirds = [poutine.scale(program, 100 / 3) for program in (model, guide)]
+            losses.append(objective.loss(*thirds, x))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
 # Dropping in
 
 

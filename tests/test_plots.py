@@ -16,6 +16,7 @@ from matplotlib.text import Annotation
 
 import ppvae
 from ppvae import generation, pairs, plots
+from ppvae.diagnostics import ElementKL
 from ppvae.explanation import PARTS
 from ppvae.families import Gamma, LogNormal
 from ppvae.isolation import forked_rng, private_store
@@ -597,6 +598,7 @@ EVERY: dict[str, Callable[[SimpleNamespace, SimpleNamespace, Any], Any]] = {
     "explanation": lambda t, v, ax: plots.explanation(EXPLANATION, ax=ax),
     "repair_costs": lambda t, v, ax: plots.repair_costs(COSTS, ax=ax),
     "refinement": lambda t, v, ax: plots.refinement(refined(), MEASURED, ax=ax),
+    "element_kl": lambda t, v, ax: plots.element_kl([kl_of([1.0, 2.0, 3.0])] * 2, [0, 1], ax=ax),
     "samples": lambda t, v, ax: plots.samples(v.model, v.shape, ax=ax),
     "reconstructions": lambda t, v, ax: plots.reconstructions(
         v.model, v.guide, v.x, v.shape, ax=ax
@@ -615,7 +617,8 @@ each_plot = pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY.keys())
 
 
 def test_every_public_function_is_in_the_list() -> None:
-    drawing = [getattr(plots, room) for room in ("gaps", "gradients", "images", "mending", "toy")]
+    rooms = ("collapse", "gaps", "gradients", "images", "mending", "toy")
+    drawing = [getattr(plots, room) for room in rooms]
     public = {
         name
         for room in drawing
@@ -664,3 +667,38 @@ def test_a_plot_leaves_everything_else_alone(
         assert list(pyro.get_param_store().keys()) == ["mine"]
         assert all(part.training for module in modules for part in module.modules())
         assert all(p.requires_grad for module in modules for p in module.parameters())
+
+
+# --- Collapse ----------------------------------------------------------------------------------
+
+
+def kl_of(values: list[float], names: tuple[str, ...] = ("a[0]", "a[1]", "b")) -> ElementKL:
+    zeros = torch.zeros(len(values), dtype=torch.float64)
+    kl = torch.tensor(values, dtype=torch.float64)
+    return ElementKL(kl, zeros, names, float(kl.sum()), 0.0)
+
+
+def test_each_element_is_a_line_and_each_site_a_colour() -> None:
+    found = [kl_of([0.0, 0.0, 0.0]), kl_of([2.0, 0.004, 0.5]), kl_of([3.0, 0.0, 0.4])]
+    ax = plots.element_kl(found, [0, 10, 25], ax=axes())
+    drawn = [line.get_ydata().tolist() for line in ax.lines]
+    assert drawn == [[0, 2, 3], [0, 0.004, 0], [0, 0.5, 0.4]]
+    assert all(line.get_xdata().tolist() == [0, 10, 25] for line in ax.lines)
+    looks = [(line.get_color(), line.get_linestyle()) for line in ax.lines]
+    assert looks[0] == looks[1]
+    assert all(one != other for one, other in zip(looks[0], looks[2], strict=True))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    assert ax.get_ylim()[0] == 0
+    # Out of order a site's figure can be negative, and is then shown.
+    low = plots.element_kl([kl_of([0.1, -0.2, 0.3])] * 2, [0, 1], ax=axes())
+    assert low.get_ylim()[0] < -0.2
+
+
+def test_element_kl_refuses_what_does_not_go_together() -> None:
+    one = kl_of([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="steps: .* got 2 for 1 results"):
+        plots.element_kl([one], [0, 1])
+    with pytest.raises(ValueError, match="at least one result; got 0"):
+        plots.element_kl([], [])
+    with pytest.raises(ValueError, match=r"found: .*\('a\[0\]', 'a\[1\]', 'b'\); got \('z',\)"):
+        plots.element_kl([one, kl_of([1.0], ("z",))], [0, 1])

@@ -3,111 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
 
 from ppvae.density import Program, distribution_name
+from ppvae.divergence import Latent, check_no_auxiliary, latents
 from ppvae.objectives.base import Objective, Rows
 from ppvae.objectives.schedules import Schedule, check_weight
-from ppvae.terms import Drawn, Term, check_local, row_scale, same_scale
-
-
-@dataclass(frozen=True)
-class _Latent:
-    """A latent site in the model and in the guide.
-
-    Attributes:
-        prior: Its term in the model.
-        posterior: Its term in the guide.
-        in_order: Whether the guide draws before it all that the model draws before it.
-    """
-
-    prior: Term
-    posterior: Term
-    in_order: bool
-
-    def scaled_kl(self) -> Tensor:
-        """KL(q || p), analytic where that is right, sampled elsewhere; with the scale."""
-        prior, posterior = self.prior, self.posterior
-        value = self.kl()
-        if value is None or not same_scale(prior, posterior):
-            return posterior.log_prob * posterior.scale - prior.log_prob * prior.scale
-        return value * posterior.scale
-
-    def kl(self) -> Tensor | None:
-        """KL(q || p) given the draws that both hang on, of the shape of the terms.
-
-        `None` where torch knows no formula, or where it would not be the expectation.
-        """
-        # The formula averages over z with the prior held: wrong if the prior hangs on a draw that
-        # hangs on z. Of a Delta, Pyro's formula leaves out the density that it carries.
-        fits = self.in_order and self.posterior.mask is self.prior.mask
-        if not fits or distribution_name(self.posterior.fn) == "Delta":
-            return None
-        try:
-            value = _divergence(self.posterior.fn, self.prior.fn)
-        except NotImplementedError:
-            return None
-        if self.posterior.is_shared and value.dim() == 1:
-            value = value[:, None]
-        shaped = value.expand(self.posterior.log_prob.shape)
-        masked: Tensor = scale_and_mask(shaped, 1.0, self.posterior.mask)
-        return masked
-
-    def kl_of_elements(self) -> Tensor | None:
-        """The KL of each element, ``(num_draws, batch, elements)``; `None` where there is none."""
-        whole = self.kl()
-        q, p, inner = self.posterior.fn, self.prior.fn, 0
-        while isinstance(q, Independent) and isinstance(p, Independent):
-            inner += q.reinterpreted_batch_ndims
-            q, p = q.base_dist, p.base_dist
-        if whole is None or q.event_shape or p.event_shape:
-            return None
-        value = _divergence(q, p)
-        event = value.shape[value.dim() - inner :]
-        elements = value.expand(*whole.shape, *event).reshape(*whole.shape, -1)
-        mask = self.posterior.mask
-        if isinstance(mask, Tensor):
-            mask = mask[..., None]
-        masked: Tensor = scale_and_mask(elements, 1.0, mask)
-        return masked
-
-
-def _divergence(q: Any, p: Any) -> Tensor:
-    """KL(q || p); some of torch's formulas need the same batch shape on both sides."""
-    if q.batch_shape != p.batch_shape:
-        shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
-        q, p = q.expand(shape), p.expand(shape)
-    return torch.as_tensor(kl_divergence(q, p))
-
-
-def _latents(log_p: list[Term], log_q: list[Term]) -> list[_Latent]:
-    """The latent sites, in the model's order."""
-    posteriors = {t.name: t for t in log_q}
-    order = [t.name for t in log_q]
-    found: list[_Latent] = []
-    before: set[str] = set()
-    for term in log_p:
-        if not term.is_observed:
-            earlier = set(order[: order.index(term.name)])
-            found.append(_Latent(term, posteriors[term.name], before <= earlier))
-            before.add(term.name)
-    return found
-
-
-def _check_no_auxiliary(log_q: list[Term]) -> None:
-    for term in log_q:
-        if term.is_auxiliary:
-            raise ValueError(
-                f"Site {term.name!r} is a draw of the guide's own, of which the latents are "
-                f"functions, so that no latent has a KL of its own. Use BetaELBO, or a guide that "
-                f"draws the latents themselves, such as ppvae.guides.Amortized."
-            )
+from ppvae.terms import Drawn, check_local, row_scale
 
 
 class BetaELBO(Objective):
@@ -212,7 +117,7 @@ class BetaELBO(Objective):
             if term.is_observed or self.weighs == "log_q":
                 rows.add(term.log_prob * term.scale, term.is_shared)
         if self.weighs == "kl":
-            for latent in _latents(log_p, log_q):
+            for latent in latents(log_p, log_q):
                 rows.add(-beta * latent.scaled_kl(), latent.prior.is_shared)
         for term in log_q:
             if term.is_auxiliary or self.weighs == "log_q":
@@ -284,15 +189,20 @@ class FreeBitsELBO(Objective):
         drawn = Drawn(model, guide, args, kwargs, self.num_particles)
         check_local(drawn, "Free bits are a floor for the mean over rows: use BetaELBO.")
         log_q, log_p = drawn.log_q(), drawn.log_p()
-        _check_no_auxiliary(log_q)
-        scale = torch.as_tensor(row_scale(*log_p, *log_q))
+        check_no_auxiliary(
+            log_q,
+            "Use BetaELBO, or a guide that draws the latents themselves, such as "
+            "ppvae.guides.Amortized.",
+        )
+        like = log_p[0].log_prob
+        scale = torch.as_tensor(row_scale(*log_p, *log_q), dtype=like.dtype, device=like.device)
         rows = Rows()
         for term in log_p:
             if term.is_observed:
                 rows.add(term.log_prob * scale)
         count = scale.expand(rows.local.shape[-1:]).sum()
         floor = rows.local.new_zeros(())
-        for latent in _latents(log_p, log_q):
+        for latent in latents(log_p, log_q):
             kl = scale[..., None] * self._kl(latent)
             above = kl.detach().mean(dim=0).sum(dim=0) > self.nats * count
             rows.add(-(kl * above).sum(dim=-1))
@@ -300,7 +210,7 @@ class FreeBitsELBO(Objective):
         value, surrogate = rows.estimate(drawn, log_q)
         return value - floor, surrogate
 
-    def _kl(self, latent: _Latent) -> Tensor:
+    def _kl(self, latent: Latent) -> Tensor:
         """The KL of the groups of a site, ``(num_draws, batch, groups)``, not scaled."""
         if self.groups == "sites":
             kl = latent.kl()

@@ -6,6 +6,7 @@ Okabe & Ito (2008), which colour-blind readers can tell apart. Matplotlib's sett
 are.
 """
 
+from ppvae.plots.collapse import element_kl
 from ppvae.plots.gaps import gap_against, gap_bars, gap_sorted
 from ppvae.plots.gradients import gradient_variance
 from ppvae.plots.images import (
@@ -20,6 +21,7 @@ from ppvae.plots.mending import explanation, refinement, repair_costs
 from ppvae.plots.toy import toy_posterior
 
 __all__ = [
+    "element_kl",
     "explanation",
     "gap_against",
     "gap_bars",
