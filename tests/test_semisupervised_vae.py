@@ -425,8 +425,10 @@ def test_unfit_rows_and_arguments_are_refused():
         pairs.semisupervised_vae(likelihood="poisson")
     with pytest.raises(ValueError, match=r"encoder: .*for every class.*\(6, 3, num_params\)"):
         SemisupervisedEncoder(MLP(6, [], 3), MLP(6, [], 12))(x)
-    with pytest.raises(ValueError, match="alpha: expected a finite weight of at least 0; got -1"):
+    with pytest.raises(ValueError, match="alpha must be a finite weight of at least 0; got -1"):
         SemisupervisedELBO(alpha=-1)
+    with pytest.raises(ValueError, match=r"whose last column is the label, .*got \(5,\)"):
+        SemisupervisedELBO().differentiable_loss(*pairs.exponential_gaussian(), torch.ones(5))
 
 
 def test_another_label_than_the_rows_own_has_no_density():

@@ -17,7 +17,19 @@ _LOCAL = "Use BetaELBO, or pyro.infer.RenyiELBO, which weighs all rows at once."
 _PATH = "Use VIMCO, which has the same bound."
 
 
-class IWAE(Objective):
+class _ImportanceWeighted(Objective):
+    """An objective that is the importance-weighted bound."""
+
+    def __init__(self, num_particles: int = 5) -> None:
+        super().__init__(num_particles)
+
+    @property
+    def target(self) -> str:
+        """What the gradient is one of."""
+        return bound_name(self.num_particles)
+
+
+class IWAE(_ImportanceWeighted):
     r"""The importance-weighted bound of every datum, with the reparameterised gradient.
 
     .. math:: J = \sum_n s_n\, E\Bigl[\log \frac{1}{K} \sum_{k=1}^K w_{kn}\Bigr], \qquad
@@ -52,14 +64,6 @@ class IWAE(Objective):
         >>> loss.backward()
     """
 
-    def __init__(self, num_particles: int = 5) -> None:
-        super().__init__(num_particles)
-
-    @property
-    def target(self) -> str:
-        """What the gradient is one of."""
-        return bound_name(self.num_particles)
-
     def _evaluate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
@@ -72,7 +76,7 @@ class IWAE(Objective):
         return value, value
 
 
-class DReG(Objective):
+class DReG(_ImportanceWeighted):
     r"""The importance-weighted bound, with the doubly reparameterised gradient.
 
     The bound is that of `IWAE`. Its gradient for parameters φ of the guide is written so that it
@@ -105,14 +109,6 @@ class DReG(Objective):
         >>> loss = DReG(num_particles=5)(model, guide)(torch.tensor([0.5, 2.0]))
         >>> loss.backward()
     """
-
-    def __init__(self, num_particles: int = 5) -> None:
-        super().__init__(num_particles)
-
-    @property
-    def target(self) -> str:
-        """What the gradient is one of."""
-        return bound_name(self.num_particles)
 
     def _evaluate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]

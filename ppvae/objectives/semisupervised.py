@@ -1,19 +1,21 @@
-"""Objectives for `fit` and classic `SVI` that Pyro does not have."""
+"""The objective of the semi-supervised VAE."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 
 from ppvae.classification import class_site
 from ppvae.density import Program
+from ppvae.objectives.base import Objective
+from ppvae.objectives.schedules import check_weight
 
 
-class SemisupervisedELBO(ELBO):
+class SemisupervisedELBO(Objective):
     r"""The objective of model M2: the ELBO, and beside it a term that trains the classifier.
 
     .. math:: J^\alpha = \underbrace{\sum_{n \text{ labelled}} L(x_n, y_n)
@@ -42,7 +44,8 @@ class SemisupervisedELBO(ELBO):
         site: Name of the guide's categorical site for the class.
 
     Raises:
-        ValueError: If alpha is negative; on a call whose guide has no classifier, where α > 0.
+        ValueError: If alpha is negative; on a call, if the rows have no column for the label, or
+            the guide no classifier, where α > 0.
 
     Example:
         >>> import torch
@@ -54,46 +57,41 @@ class SemisupervisedELBO(ELBO):
     """
 
     def __init__(self, alpha: float = 1.0, *, num_particles: int = 1, site: str = "y") -> None:
-        if not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha: expected a finite weight of at least 0; got {alpha}.")
-        super().__init__(num_particles=num_particles, max_plate_nesting=1)
+        check_weight("alpha", alpha)
+        super().__init__(num_particles)
         self.alpha, self.site = alpha, site
         self._elbo = TraceEnum_ELBO(
             num_particles, max_plate_nesting=1, vectorize_particles=num_particles > 1
         )
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """−J summed over the rows, one estimate, in nats."""
-        with torch.no_grad():
-            value: float = self._elbo.loss(model, config_enumerate(guide), *args, **kwargs)
-            return value + float(self._cross_entropy(guide, args[0]))
+    @property
+    def target(self) -> str:
+        """What the gradient is one of."""
+        return "ELBO" if self.alpha == 0 else f"ELBO and {self.alpha:.6g} log q(labels | x)"
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """−J summed over the rows, one estimate, differentiable."""
-        value: Tensor = self._elbo.differentiable_loss(
-            model, config_enumerate(guide), *args, **kwargs
-        )
-        return value + self._cross_entropy(guide, args[0])
+    def _evaluate(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        classification = self._classification(guide, args[0])
+        # Pyro's differentiable loss insists on a gradient.
+        loss = self._elbo.differentiable_loss if torch.is_grad_enabled() else self._elbo.loss
+        elbo = -torch.as_tensor(loss(model, config_enumerate(guide), *args, **kwargs))
+        value = elbo + classification
+        return value, value
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """−J summed over the rows; its gradients are added to those of the parameters."""
-        value = self.differentiable_loss(model, guide, *args, **kwargs)
-        value.backward()
-        return float(value.detach())
-
-    def _cross_entropy(self, guide: Program, x: Tensor) -> Tensor:
-        """−α Σ log q(label | x) over the labelled rows."""
+    def _classification(self, guide: Program, x: Tensor) -> Tensor:
+        """α Σ log q(label | x) over the labelled rows."""
+        if x.dim() != 2:
+            raise ValueError(
+                f"x: expected rows whose last column is the label, (batch, x_dim + 1); got "
+                f"{tuple(x.shape)}."
+            )
         x = x[x[:, -1] >= 0]
         if self.alpha == 0 or len(x) == 0:
             return x.new_zeros(())
         found = class_site(guide, x, self.site)
         log_prob: Tensor = found["fn"].log_prob(x[:, -1].long())
-        return -self.alpha * (found["scale"] * log_prob).sum()
-
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError("SemisupervisedELBO has no single pair of traces.")
+        return self.alpha * (found["scale"] * log_prob).sum()
 
     def __repr__(self) -> str:
         return f"SemisupervisedELBO(alpha={self.alpha}, num_particles={self.num_particles})"
