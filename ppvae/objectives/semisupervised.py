@@ -72,20 +72,20 @@ class SemisupervisedELBO(Objective):
     def _evaluate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        classification = self._classification(guide, args[0])
-        # Pyro's differentiable loss insists on a gradient.
-        loss = self._elbo.differentiable_loss if torch.is_grad_enabled() else self._elbo.loss
-        elbo = -torch.as_tensor(loss(model, config_enumerate(guide), *args, **kwargs))
-        value = elbo + classification
-        return value, value
-
-    def _classification(self, guide: Program, x: Tensor) -> Tensor:
-        """α Σ log q(label | x) over the labelled rows."""
+        x = args[0]
         if x.dim() != 2:
             raise ValueError(
                 f"x: expected rows whose last column is the label, (batch, x_dim + 1); got "
                 f"{tuple(x.shape)}."
             )
+        # Pyro's differentiable loss insists on a gradient.
+        loss = self._elbo.differentiable_loss if torch.is_grad_enabled() else self._elbo.loss
+        elbo = -torch.as_tensor(loss(model, config_enumerate(guide), *args, **kwargs))
+        value = elbo + self._classification(guide, x)
+        return value, value
+
+    def _classification(self, guide: Program, x: Tensor) -> Tensor:
+        """α Σ log q(label | x) over the labelled rows."""
         x = x[x[:, -1] >= 0]
         if self.alpha == 0 or len(x) == 0:
             return x.new_zeros(())
