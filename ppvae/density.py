@@ -128,6 +128,11 @@ def local_frames(site: dict[str, Any]) -> list[Any]:
     return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != _PARTICLES]
 
 
+def is_scaled(site: dict[str, Any]) -> bool:
+    """Whether plates or handlers scale a site's log density; a scale may differ between rows."""
+    return bool((torch.as_tensor(site["scale"]) != 1).any())
+
+
 def distribution_name(fn: Any) -> str:
     """The name of a distribution without what is wrapped around it."""
     while hasattr(fn, "base_dist") and type(fn).__name__ in (
@@ -165,7 +170,7 @@ def read_model(model: Program, x: Tensor) -> ModelSites:
         if not frames:
             raise _shared_by_all(name, kind)
         plates.update({f.name: f for f in frames})
-        if float(site["scale"]) != 1:
+        if is_scaled(site):
             scaled.append(name)
         if site["is_observed"]:
             observed += 1
@@ -287,11 +292,11 @@ def check_shared_pair(model: Program, guide: Program, x: Tensor, num_data: int |
                 f"Site {name!r}: expected latent shape {theirs} as in the model; got {ours} from "
                 f"the guide."
             )
-    weights = {name: float(site["scale"]) for name, site in of_model.items()}
+    weights = {name: _one_scale(name, site) for name, site in of_model.items()}
     unequal = {
-        name: (weights[name], float(site["scale"]))
+        name: (weights[name], _one_scale(name, site))
         for name, site in guided.items()
-        if float(site["scale"]) != weights[name]
+        if _one_scale(name, site) != weights[name]
     }
     if unequal:
         raise ValueError(
@@ -311,6 +316,16 @@ def check_shared_pair(model: Program, guide: Program, x: Tensor, num_data: int |
             f"on all rows at once, batch_size={num_data}."
         )
     return total
+
+
+def _one_scale(name: str, site: dict[str, Any]) -> float:
+    scale = torch.as_tensor(site["scale"])
+    if not bool((scale == scale.flatten()[0]).all()):
+        raise ValueError(
+            f"Site {name!r}: its scale, of shape {tuple(scale.shape)}, differs between rows, where "
+            f"the rows of a model with latents that all share have to weigh N/B each."
+        )
+    return float(scale.flatten()[0])
 
 
 def _plain_run(kind: str, program: Program, x: Tensor) -> Trace:

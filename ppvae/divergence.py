@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from ppvae.density import distribution_name, log_density
-from ppvae.terms import Term, same_scale
+from ppvae.terms import Term, same_mask, same_scale
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Latent:
         """
         # The formula averages over z with the prior held: wrong if the prior hangs on a draw that
         # hangs on z. Of a Delta, Pyro's formula leaves out the density that it carries.
-        fits = self.in_order and self.posterior.mask is self.prior.mask
+        fits = self.in_order and same_mask(self.posterior, self.prior)
         if not fits or distribution_name(self.posterior.fn) == "Delta":
             return None
         try:
@@ -108,7 +108,14 @@ def _of_an_element(fn: Any) -> Any | None:
 
 
 def _divergence(q: Any, p: Any) -> Tensor:
-    """KL(q || p); some of torch's formulas need the same batch shape on both sides."""
+    """KL(q || p); some of torch's formulas need the same batch shape on both sides.
+
+    Raises:
+        NotImplementedError: If torch knows no formula, or one that does not hold.
+    """
+    if any(distribution_name(fn) == "FoldedDistribution" for fn in (q, p)):
+        # Torch gives that of what is folded, as if a fold had an inverse.
+        raise NotImplementedError
     if q.batch_shape != p.batch_shape:
         shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
         q, p = q.expand(shape), p.expand(shape)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ppvae.density import (
     Program,
     distribution_name,
+    is_scaled,
     local_frames,
     particles,
     sample_sites,
@@ -109,7 +110,7 @@ class Drawn:
 
         Args:
             values: The same draws with other gradients behind them. For them the guide runs again,
-                unless it has one site: its distribution there is the same whatever is drawn.
+                unless it has one site with a distribution that is the same whatever is drawn.
 
         Raises:
             ValueError: If the guide gives other densities when it runs again, or a density that
@@ -119,7 +120,7 @@ class Drawn:
             return self._terms(self.trace, of_guide=True)
         trace = _replaced(self.trace, values)
         try:
-            if len(self.values) == 1:
+            if len(self.values) == 1 and not self._hangs_on_draws:
                 return self._terms(trace, of_guide=True)
             again = self._terms(self._run(poutine.replay(self.guide, trace=trace)), of_guide=True)
         except (KeyError, NotImplementedError) as error:
@@ -138,7 +139,9 @@ class Drawn:
             ValueError: If the latent sites are not those of the guide.
         """
         trace = self.trace if values is None else _replaced(self.trace, values)
-        terms = self._terms(self._run(poutine.replay(self.model, trace=trace)), of_guide=False)
+        of_model = self._run(poutine.replay(self.model, trace=trace))
+        self._check_rows(of_model)
+        terms = self._terms(of_model, of_guide=False)
         self._check_sites(terms)
         return terms
 
@@ -150,6 +153,14 @@ class Drawn:
             for name, site in sample_sites(self.trace)
             if not site["is_observed"] and not local_frames(site)
         ]
+
+    @property
+    def _hangs_on_draws(self) -> bool:
+        """Whether a factor, or a Delta that carries a density, may be a function of the draw."""
+        return any(
+            distribution_name(site["fn"]) in ("Unit", "Delta")
+            for _, site in sample_sites(self.trace)
+        )
 
     def _run(self, program: Callable[..., Any]) -> Trace:
         if self.num_draws == 1:
@@ -188,8 +199,12 @@ class Drawn:
                 f"dimensions with .to_event."
             )
         shape = (self.num_draws, frames[0].size if frames else 1)
-        if not frames and self.num_draws > 1 and value.dim() == 1:
-            value = value[:, None]
+        if not frames and value.dim() and value.shape[-1] != 1:
+            raise ValueError(
+                f"Site {name!r}: its log density has the shape {tuple(value.shape)}, but no plate "
+                f"over rows. If it is one of each row, put it inside of the plate; if not, declare "
+                f"its dimensions with .to_event, or sum them where it is a factor."
+            )
         if value.dim() > 2 or (value.dim() == 2 and value.shape[0] not in (1, self.num_draws)):
             raise ValueError(
                 f"Site {name!r}: expected a log density of shape {shape} (draws, batch); got "
@@ -211,6 +226,20 @@ class Drawn:
                     f"random in it beside its sample sites, such as dropout (guide.eval()), or use "
                     f"BetaELBO or IWAE, for which it runs once."
                 )
+
+    def _check_rows(self, of_model: Trace) -> None:
+        """Refuse a model that draws other rows of the data than the guide did."""
+        for latent, site in sample_sites(of_model):
+            frames = () if site["is_observed"] else local_frames(site)
+            # Where the guide has the plate, the model has its rows from there.
+            for name in (f.name for f in frames if f.name not in self.trace.nodes):
+                plate = of_model.nodes[name]["fn"] if name in of_model.nodes else None
+                if getattr(plate, "subsample_size", None) not in (None, getattr(plate, "size", 0)):
+                    raise ValueError(
+                        f"Site {latent!r}: plate {name!r} of the model draws rows of its own, as "
+                        f"the guide has no plate of that name: the guide's draws would be for "
+                        f"other rows. Give the plates of both one name and one subsample_size."
+                    )
 
     def _check_sites(self, terms: list[Term]) -> None:
         ours = {t.name for t in terms if not t.is_observed}
@@ -275,6 +304,24 @@ def check_pathwise(drawn: Drawn, instead: str) -> None:
             )
 
 
+def check_no_points(drawn: Drawn, instead: str) -> None:
+    """Refuse points that are trained, where a gradient goes through log densities alone.
+
+    Args:
+        drawn: Draws that are cut from the parameters they came from.
+        instead: What to use in their case, for the message.
+
+    Raises:
+        ValueError: If a Delta of the guide lies at a point that has a gradient of its own.
+    """
+    for name, site in sample_sites(drawn.trace):
+        if distribution_name(site["fn"]) == "Delta" and site["fn"].mean.requires_grad:
+            raise ValueError(
+                f"Site {name!r}: the guide puts a Delta at a point that hangs on parameters, as "
+                f"AutoDelta does, and log q has no gradient for them there. {instead}"
+            )
+
+
 def check_local(drawn: Drawn, instead: str) -> None:
     """Refuse latents that all rows share, where something is weighed for each datum.
 
@@ -323,10 +370,17 @@ def row_scale(*terms: Term) -> float | Tensor:
         A number, or one for each row.
 
     Raises:
-        ValueError: If they differ, as a row has then no weight of its own.
+        ValueError: If they differ, or a term is that of all rows, as a row has then no weight of
+            its own.
     """
     first = terms[0]
-    for term in terms[1:]:
+    for term in terms:
+        if term.is_shared:
+            raise ValueError(
+                f"Site {term.name!r} lies outside of any plate: its log density is that of all "
+                f"rows together, and no part of the weight of one. Put it inside of the plate over "
+                f"the rows, or use BetaELBO, which adds it once."
+            )
         if not same_scale(term, first):
             raise ValueError(
                 f"Sites weigh differently: {first.name!r} has the scale {_said(first.scale)} and "
@@ -344,6 +398,15 @@ def same_scale(one: Term, other: Term) -> bool:
     if isinstance(one.scale, Tensor) or isinstance(other.scale, Tensor):
         return bool((torch.as_tensor(one.scale) == torch.as_tensor(other.scale)).all())
     return one.scale == other.scale
+
+
+def same_mask(one: Term, other: Term) -> bool:
+    """Whether two terms are masked alike."""
+    if one.mask is other.mask:
+        return True
+    if isinstance(one.mask, Tensor) and isinstance(other.mask, Tensor):
+        return torch.equal(one.mask, other.mask)
+    return False
 
 
 def _said(scale: float | Tensor) -> str:
@@ -422,7 +485,7 @@ def run_pair(model: Program, guide: Program, x: Tensor) -> PairRun:
         marked=tuple(name for name, site in own.items() if site["infer"].get("enumerate")),
         smooth=all(s["fn"].has_rsample for s in guided.values() if not s["is_observed"]),
         points=tuple(name for name, site in own.items() if _carries_density(site)),
-        scaled=any(float(site["scale"]) != 1 for site in modelled.values()),
+        scaled=any(is_scaled(site) for site in modelled.values()),
     )
 
 

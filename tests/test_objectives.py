@@ -18,7 +18,7 @@ from pyro.infer import (
     TraceMeanField_ELBO,
     config_enumerate,
 )
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from test_pairs import data, every_pair
 
 import ppvae
@@ -584,3 +584,249 @@ def test_networks_that_take_no_draws():
     assert abs(value - expected) < 5 * math.hypot(stderr, error)
     with pytest.raises(ValueError, match=r"4 draws at once[\s\S]*leading dimensions"):
         IWAE(4).loss(model, guide, x)
+
+
+# Programs that Pyro allows
+
+
+def normal_pair(before=lambda x: None, plate="data", **options):
+    """z ~ N(0, 1), x | z ~ N(z, 1); the guide may name its plate in another way."""
+
+    def model(x):
+        before(x)
+        with pyro.plate("data", len(x), **options) as rows:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate(plate, len(x), **options) as rows:
+            pyro.sample("z", dist.Normal(x[rows] / 2, 0.8))
+
+    return model, guide
+
+
+WEIGHED = [
+    IWAE(1),
+    IWAE(3),
+    DReG(3),
+    VIMCO(3),
+    ScoreFunctionELBO(2),
+    FreeBitsELBO(0.1),
+]
+ALL = [*WEIGHED, BetaELBO(), BetaELBO(num_particles=2), StickingTheLanding(2)]
+
+
+@pytest.mark.parametrize("objective", ALL, ids=repr)
+def test_a_factor_outside_of_the_plate_counts_once_or_is_refused(objective):
+    """It is no part of one row's weight, where broadcasting would count it once for each row."""
+    x = torch.tensor([0.5, -1.0, 2.0])
+    model, guide = normal_pair(lambda x: pyro.factor("penalty", x.new_tensor(-7.0)))
+    if objective in WEIGHED:
+        with pytest.raises(ValueError, match="Site 'penalty' lies outside of any plate"):
+            objective.loss(model, guide, x)
+    else:
+        with forked_rng(1):
+            loss = objective.loss(model, guide, x)
+        with forked_rng(1):
+            assert loss - objective.loss(*normal_pair(), x) == pytest.approx(7.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ALL, ids=repr)
+def test_a_density_of_rows_without_a_plate_is_named(objective):
+    model, guide = normal_pair(lambda x: pyro.factor("penalty", -x.square()))
+    with pytest.raises(ValueError, match=r"Site 'penalty': .*no plate over rows.*\.to_event"):
+        objective.loss(model, guide, torch.tensor([0.5, -1.0, 2.0]))
+
+
+@pytest.mark.parametrize("objective", ALL, ids=repr)
+def test_model_and_guide_that_choose_rows_apart_are_refused(objective):
+    """Pyro draws other rows for a plate of another name: q(z | x_1) would meet p(x_2 | z)."""
+    x = torch.linspace(-3, 3, 20)
+    model, guide = normal_pair(plate="rows", subsample_size=4)
+    with pytest.raises(ValueError, match="Site 'z': plate 'data' of the model draws rows of its"):
+        objective.loss(model, guide, x)
+    # Without choice there is nothing to be at odds about.
+    assert math.isfinite(objective.loss(*normal_pair(plate="rows"), x))
+
+
+@pytest.mark.usefixtures("double")
+def test_a_factor_on_discrete_draws_reaches_their_gradient_from_outside_of_the_plate():
+    logits, x = torch.zeros(3, requires_grad=True), torch.tensor([1.0, -1.0, 0.5])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(x.new_tensor(0.5)))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+        pyro.factor("penalty", -2 * k.sum(dim=-1, keepdim=k.dim() > 1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Bernoulli(logits=logits))
+
+    q = logits.sigmoid()
+    likelihood = q * (dist.Normal(1.0, 1.0).log_prob(x) - 2)
+    likelihood = likelihood + (1 - q) * dist.Normal(0.0, 1.0).log_prob(x)
+    entropy = -q * q.log() - (1 - q) * (1 - q).log()
+    (exact,) = torch.autograd.grad((likelihood + entropy).sum(), logits)
+    found = []
+    for _ in range(300):
+        logits.grad = None
+        BetaELBO(num_particles=4).loss_and_grads(model, guide, x)
+        found.append(-logits.grad)
+    found = torch.stack(found)
+    stderr = found.std(dim=0) / math.sqrt(len(found))
+    assert ((found.mean(dim=0) - exact).abs() < 5 * stderr).all()
+    assert stderr.max() < 0.05  # Of what the factor adds, half a nat.
+
+
+@pytest.mark.usefixtures("double")
+def test_a_scale_of_its_own_for_each_row_multiplies_the_loss_of_fit_and_not_the_evidence():
+    x, weights = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 5.0, 2.0])
+    shift = torch.nn.Linear(1, 1)
+
+    def guide(x):
+        pyro.module("shift", shift)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(shift(x[:, None])[:, 0], 0.8))
+
+    model, _ = normal_pair()
+    scaled = [poutine.scale(program, scale=weights) for program in (model, guide)]
+    found, plain = ppvae.elbo(*scaled, x, 8), ppvae.elbo(model, guide, x, 8)
+    torch.testing.assert_close(found.value, plain.value, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        mean = shift(x[:, None])[:, 0]
+    kl = 0.5 * (mean**2 + 0.64 - 1) - math.log(0.8)
+    expected = 0.5 * math.log(2 * math.pi) + 0.5 * ((x - mean) ** 2 + 0.64) + kl
+    objective = BetaELBO(num_particles=4000)
+    value = objective.loss(*scaled, x)
+    assert value == pytest.approx(float((weights * expected).sum()), abs=0.2)
+    # One step of nearly no length.
+    fit = ppvae.fit(*scaled, x, loss=objective, steps=1, lr=1e-9, progress=False)
+    assert float(fit.losses[0]) == pytest.approx(float((weights * expected).sum()) / 3, abs=0.07)
+    measured = ppvae.gradient_variance(*scaled, x, estimators=[IWAE(2)], num_draws=8)
+    assert measured.dataset["target"].values.tolist() == ["IWAE bound, K = 2"]
+
+
+def test_rows_of_unequal_scale_are_refused_where_they_share_latents():
+    model, guide = pairs.bayesian_neural_network(1, 1, [2])
+    x = data(model, size=4)
+    scaled = poutine.scale(model, scale=torch.arange(1.0, 5.0))
+    with pytest.raises(ValueError, match=r"its scale, of shape \(4,\), differs between rows"):
+        ppvae.fit(scaled, guide, x, steps=1, progress=False)
+
+
+# Weights of zero, points, masks
+
+
+def impossible(x):
+    """The last of three values has no probability."""
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(logits=x.new_tensor([0.0, 0.4, -math.inf])))
+        pyro.sample("x", dist.Normal(k.to(x), 1.0), obs=x)
+
+
+@pytest.mark.usefixtures("double")
+def test_draws_of_weight_zero_leave_the_gradient_of_vimco_a_number():
+    """Term by term, as the docstring has it; of the two possible values one may be alone."""
+    logits, x = torch.tensor([0.2, 0.0, 0.5], requires_grad=True), torch.tensor([0.3])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Categorical(logits=logits))
+
+    alone = 0
+    for seed in range(30):
+        with forked_rng(seed):
+            draws = dist.Categorical(logits=logits).sample((3, 1))[:, 0]
+        log_q = logits.log_softmax(0)[draws]
+        log_p = torch.tensor([0.0, 0.4, -math.inf]).log_softmax(0)[draws]
+        log_w = (log_p + dist.Normal(draws.to(x), 1.0).log_prob(x) - log_q).detach()
+        if (log_w == -math.inf).all():
+            continue
+        bound, expected = log_w.exp().mean().log(), 0.0
+        for k in range(3):
+            others = [float(log_w[j]) for j in range(3) if j != k]
+            without = (sum(map(math.exp, others)) + math.exp(sum(others) / 2)) / 3
+            alone += without == 0
+            signal = bound - math.log(without) if without else bound
+            weight = float(log_w[k].exp() / log_w.exp().sum())
+            (score,) = torch.autograd.grad(log_q[k], logits, retain_graph=True)
+            expected = expected + (signal - weight) * score
+        for ask in ("loss_and_grads", "differentiable_loss"):
+            logits.grad = None
+            with forked_rng(seed):
+                loss = getattr(VIMCO(3), ask)(impossible, guide, x)
+            if ask == "differentiable_loss":
+                loss.backward()
+            assert float(loss) == pytest.approx(-float(bound), rel=1e-10)
+            torch.testing.assert_close(-logits.grad, expected, rtol=1e-9, atol=1e-12)
+    assert alone > 0
+
+
+@pytest.mark.parametrize("objective", [DReG(2), StickingTheLanding(), VIMCO(2), ScoreFunctionELBO()])
+def test_a_density_that_a_point_carries_is_not_taken_for_a_constant(objective):
+    """A Delta at a draw of torch's own: the score cannot be told from the path."""
+    loc = torch.zeros((), requires_grad=True)
+
+    def guide(x):
+        q = dist.Normal(loc, 0.8)
+        z = q.rsample((len(x),))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(z, log_density=q.log_prob(z)))
+
+    model, _ = normal_pair()
+    with pytest.raises(ValueError, match="Site 'z': the guide.*BetaELBO"):
+        objective.loss_and_grads(model, guide, torch.tensor([0.5, -1.0]))
+
+
+@pytest.mark.parametrize("objective", [VIMCO(2), ScoreFunctionELBO()], ids=repr)
+def test_points_that_are_trained_are_refused_where_they_would_stand_still(objective):
+    model, _ = normal_pair()
+    guide, x = AutoDelta(model), torch.tensor([0.5, -1.0])
+    guide(x)
+    with pytest.raises(ValueError, match=r"Site 'z': the guide puts a Delta.*Use BetaELBO"):
+        objective.loss_and_grads(model, guide, x)
+    # The slope of −x² / 2 − (z − x)² / 2.
+    BetaELBO().loss_and_grads(model, guide, x)
+    torch.testing.assert_close(guide.z.grad, 2 * guide.z.detach() - x)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("nats", [0.0, 0.05, 0.3, 10.0])
+def test_free_bits_of_masked_rows_are_those_of_the_rows_that_are_left(nats):
+    x, mask = torch.linspace(-2, 2, 8), torch.arange(8) < 5
+    model, guide = normal_pair()
+
+    def masked(program):
+        def run(x):
+            # A tensor of its own, as where each program computes its mask.
+            with poutine.mask(mask=mask.clone()):
+                program(x)
+
+        return run
+
+    objective = FreeBitsELBO(nats, num_particles=20_000)
+    found = objective.loss(masked(model), masked(guide), x)
+    left = objective.loss(model, guide, x[:5])
+    # Of the likelihood of five rows, (x − z)² / 2 with a spread of at most 2 each.
+    assert found == pytest.approx(left, abs=5 * math.sqrt(2 * 5 * 4 / 20_000))
+
+
+def test_the_kl_of_what_is_folded_is_not_that_of_the_fold():
+    """|N(1, 1)| and |N(−1, 1)| are one; what torch has for them is the KL of the normals, 2."""
+
+    def folded(loc):
+        def program(x):
+            with pyro.plate("data", len(x)):
+                return pyro.sample("z", dist.FoldedDistribution(dist.Normal(loc, 1.0)))
+
+        return program
+
+    def model(x):
+        z = folded(-1.0)(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
+
+    x = torch.tensor([0.5])
+    exact = -float(dist.Normal(0.0, 1.0).log_prob(x))
+    assert BetaELBO().loss(model, folded(1.0), x) == pytest.approx(exact, rel=1e-5)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from ppvae.density import Program, distribution_name
@@ -136,7 +137,8 @@ class FreeBitsELBO(Objective):
               - N \sum_j \max\Bigl(\lambda,
                 \frac{1}{N} \sum_n \mathrm{KL}(q(z_j \mid x_n) \,\|\, p(z_j))\Bigr)
 
-    with the mean over the rows of the minibatch (Kingma et al. 2016, eq. 15). An element whose
+    with the mean over the rows of the minibatch whose latents are not masked, N in number (Kingma
+    et al. 2016, eq. 15). An element whose
     mean KL lies below λ is not pushed further down, so that it is not given up before it is of
     use. J never exceeds the ELBO, and falls short of it by up to Nλ for each element. For the
     ELBO of a trained pair take `ppvae.elbo`.
@@ -200,10 +202,13 @@ class FreeBitsELBO(Objective):
         for term in log_p:
             if term.is_observed:
                 rows.add(term.log_prob * scale)
-        count = scale.expand(rows.local.shape[-1:]).sum()
+        scales = scale.expand(rows.local.shape[-1:])
         floor = rows.local.new_zeros(())
         for latent in latents(log_p, log_q):
             kl = scale[..., None] * self._kl(latent)
+            # Masked rows say nothing, and have no floor.
+            ones = torch.ones_like(latent.posterior.log_prob)
+            count = (scales * scale_and_mask(ones, 1.0, latent.posterior.mask)).sum(dim=-1).mean()
             above = kl.detach().mean(dim=0).sum(dim=0) > self.nats * count
             rows.add(-(kl * above).sum(dim=-1))
             floor = floor + self.nats * count * (~above).sum()

@@ -120,7 +120,8 @@ class Rows:
                         f"Site {term.name!r} is shared by all rows, and its draws cannot be "
                         f"reparameterised. Use pyro.infer.TraceGraph_ELBO."
                     )
-                signal = leave_one_out(self.local.detach())
+                # What lies outside of all plates may hang on the draws of any row.
+                signal = leave_one_out((self.local + self.shared).detach())
                 surrogate = surrogate + (signal * term.log_prob).sum() / draws
         return value, surrogate
 

@@ -126,6 +126,8 @@ class DReG(_ImportanceWeighted):
         value = (scale * log_mean_weight(log_w.detach())).sum()
         # What φ does to log q at fixed z cancels.
         path = log_w + total(drawn.log_q(detached(drawn)))
+        # A draw of weight 0 has no part in the gradient, whatever its log weight is.
+        path = torch.where(weights.value > 0, path, 0.0)
         return value, (scale * weights.value * path).sum()
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ppvae.density import Program
 from ppvae.objectives.base import Objective, leave_one_out
 from ppvae.objectives.importance import bound_name, log_mean_weight
-from ppvae.terms import Drawn, check_local, row_scale, total
+from ppvae.terms import Drawn, check_local, check_no_points, row_scale, total
 
+_POINTS = "Use BetaELBO, whose gradient goes through the point."
 _LOCAL = "Use pyro.infer.TraceGraph_ELBO, or BetaELBO where the latents can be reparameterised."
 
 
@@ -114,14 +115,18 @@ class VIMCO(Objective):
         log_p, log_q, scale = _at_detached(model, guide, args, kwargs, count)
         log_w = (log_p - log_q).detach()
         bound = log_mean_weight(log_w)
-        others = (log_w.sum(dim=0) - log_w) / (count - 1)
+        left_out = torch.eye(count, dtype=torch.bool, device=log_w.device)[..., None]
+        # A difference of sums would be no number where a weight is 0.
+        others = log_w.expand(count, -1, -1).masked_fill(left_out, 0.0).sum(dim=1) / (count - 1)
         # By draw left out: the weights with the one left out replaced.
-        replaced = torch.where(
-            torch.eye(count, dtype=torch.bool, device=log_w.device)[..., None], others, log_w
-        )
+        replaced = torch.where(left_out, others, log_w)
         without = torch.logsumexp(replaced, dim=1) - math.log(count)
+        # Where all others have weight 0; any number that hangs on them alone is a baseline.
+        without = without.masked_fill(without == -torch.inf, 0.0)
         weights = torch.softmax(log_w, dim=0)
-        surrogate = (bound - without) * log_q + weights * (log_p - log_q)
+        # A draw of weight 0 has no part in the gradient of log w, whatever log w is.
+        log_ratio = torch.where(weights > 0, log_p - log_q, 0.0)
+        surrogate = (bound - without) * log_q + weights * log_ratio
         return (scale * bound).sum(), (scale * surrogate.sum(dim=0)).sum()
 
 
@@ -135,5 +140,6 @@ def _at_detached(
     """log p(x, z) and log q(z | x) at draws without a path, and the scale of the rows."""
     drawn = Drawn(model, guide, args, kwargs, num_draws, detached=True)
     check_local(drawn, _LOCAL)
+    check_no_points(drawn, _POINTS)
     log_q, log_p = drawn.log_q(), drawn.log_p()
     return total(log_p), total(log_q), row_scale(*log_p, *log_q)
