@@ -39,8 +39,9 @@ class ScoreFunctionELBO(Objective):
         num_particles: K.
 
     Raises:
-        ValueError: If K is less than 1; on a call, if a latent is shared by all rows or sites are
-            scaled differently.
+        ValueError: If K is less than 1; on a call, if a latent is shared by all rows, a site lies
+            outside of the plate, sites are scaled differently, or the guide has a Delta at a point
+            that is trained.
 
     Example:
         >>> import torch
@@ -80,7 +81,8 @@ class VIMCO(Objective):
 
     where :math:`\hat w_k = \exp(\frac{1}{K-1} \sum_{j \ne k} \log w_j)` stands for the weight
     left out (Mnih & Rezende 2016). Each draw has its own signal, and
-    the others are its baseline: nothing is learned, and the gradient is unbiased.
+    the others are its baseline: nothing is learned, and the gradient is unbiased. Where all others
+    have weight 0 the baseline is 0.
 
     Draws that could be reparameterised are not; where all can be, `DReG` has less noise.
 
@@ -88,8 +90,9 @@ class VIMCO(Objective):
         num_particles: K, at least 2.
 
     Raises:
-        ValueError: If K is less than 2; on a call, if a latent is shared by all rows or sites are
-            scaled differently.
+        ValueError: If K is less than 2; on a call, if a latent is shared by all rows, a site lies
+            outside of the plate, sites are scaled differently, or the guide has a Delta at a point
+            that is trained.
 
     Example:
         >>> import torch
