@@ -58,7 +58,7 @@ print(start)
 # After training
 # --------------
 
-ppvae.fit(model, guide, digits.train, steps=100 if QUICK else 1200, lr=3e-3, seed=0, progress=False)
+ppvae.fit(model, guide, digits.train, steps=100 if QUICK else 700, lr=5e-3, seed=0, progress=False)
 end = ppvae.gradient_variance(model, guide, x, estimators=OF_THE_ELBO, num_draws=DRAWS)
 print(end)
 
@@ -107,7 +107,7 @@ print(table[["snr", "snr_stderr", "relative_cost"]].round(3).to_string())
 
 with forked_rng(1):
     model, guide = pairs.sigmoid_belief_network(digits.x_dim, z_dims=[8], baseline=[32])
-ppvae.fit(model, guide, digits.train, steps=50 if QUICK else 400, lr=3e-3, seed=0, progress=False)
+ppvae.fit(model, guide, digits.train, steps=50 if QUICK else 250, lr=5e-3, seed=0, progress=False)
 discrete = ppvae.gradient_variance(
     model,
     guide,

@@ -98,6 +98,7 @@ class Drawn:
         self.num_draws = num_draws
         with _Detached() if detached else nullcontext():
             self.trace = self._run(guide)
+        self._check_plates(self.trace)
         self.values = {
             name: site["value"]
             for name, site in sample_sites(self.trace)
@@ -138,7 +139,9 @@ class Drawn:
             ValueError: If the latent sites are not those of the guide.
         """
         trace = self.trace if values is None else _replaced(self.trace, values)
-        terms = self._terms(self._run(poutine.replay(self.model, trace=trace)), of_guide=False)
+        run = self._run(poutine.replay(self.model, trace=trace))
+        self._check_plates(run)
+        terms = self._terms(run, of_guide=False)
         self._check_sites(terms)
         return terms
 
@@ -197,6 +200,19 @@ class Drawn:
                 f"only the last dimensions, x.reshape(*x.shape[:-1], ...)."
             )
         return value.expand(shape)
+
+    def _check_plates(self, trace: Trace) -> None:
+        """Refuse sites that have a value for each row, and no plate that says so."""
+        for name, site in sample_sites(trace):
+            shape = tuple(site["fn"].batch_shape)
+            of_draws = self.num_draws > 1 and shape == (self.num_draws,)
+            if not local_frames(site) and shape and shape[-1] != 1 and not of_draws:
+                which = "guide" if trace is self.trace else "model"
+                raise ValueError(
+                    f"Site {name!r} of the {which} lies outside of any plate, but has batch shape "
+                    f"{shape}. If that is one for each row, put it into pyro.plate('data', "
+                    f"len(x)); if they are elements of one value, declare them with .to_event."
+                )
 
     def _check_repeats(self, again: list[Term]) -> None:
         """Refuse a guide with noise of its own, such as dropout: q is then another each time."""

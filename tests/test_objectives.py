@@ -283,20 +283,21 @@ def flat(params, grads):
 )
 def test_gradients_of_binary_latents_are_those_of_the_sum(objective, two):
     model, guide = pairs.sigmoid_belief_network(4, [3], [6])
-    x = data(model, size=3)
+    # Rows cost little, and their noise averages out as that of calls does.
+    x = data(model, size=3).repeat(8, 1)
     params = [*model.parameters(), *guide.parameters()]
     exact = by_listing(model, guide, x, two)
     grads = torch.autograd.grad(exact, params, allow_unused=True)
     expected = flat(params, grads)
     found, losses = [], []
-    for _ in range(400):
+    for _ in range(100):
         for p in params:
             p.grad = None
         losses.append(objective.loss_and_grads(model, guide, x))
         found.append(-flat(params, [p.grad for p in params]))
     found, losses = torch.stack(found), torch.tensor(losses)
-    assert abs(float(losses.mean() + exact.detach())) < 5 * float(losses.std()) / 20
-    stderr = found.std(dim=0) / 20
+    assert abs(float(losses.mean() + exact.detach())) < 5 * float(losses.std()) / 10
+    stderr = found.std(dim=0) / 10
     assert ((found.mean(dim=0) - expected).abs() <= 5 * stderr + 1e-9).all()
 
 
@@ -304,7 +305,7 @@ def test_gradients_of_binary_latents_are_those_of_the_sum(objective, two):
 def test_latents_of_both_kinds_take_each_gradient_that_they_can():
     """Model M2: the class by the score function, z given the class through its draws."""
     model, guide = pairs.semisupervised_vae(4, 2, 3, [5], labelled=0)
-    x = data(model, size=4)
+    x = data(model, size=4).repeat(8, 1)
     params = [p for p in guide.parameters() if p.requires_grad]
 
     def gradients(objective, guide, count):
@@ -316,9 +317,9 @@ def test_latents_of_both_kinds_take_each_gradient_that_they_can():
             found.append(torch.cat([p.grad.flatten() for p in params if p.grad is not None]))
         return torch.stack(found)
 
-    one = gradients(BetaELBO(num_particles=4), guide, 400)
-    other = gradients(TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(guide), 400)
-    stderr = ((one.var(dim=0) + other.var(dim=0)) / 400).sqrt()
+    one = gradients(BetaELBO(num_particles=4), guide, 100)
+    other = gradients(TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(guide), 100)
+    stderr = ((one.var(dim=0) + other.var(dim=0)) / 100).sqrt()
     assert ((one.mean(dim=0) - other.mean(dim=0)).abs() <= 5 * stderr + 1e-9).all()
     assert stderr.max() < 0.1 * one.mean(dim=0).abs().max()
 
@@ -326,7 +327,7 @@ def test_latents_of_both_kinds_take_each_gradient_that_they_can():
 # Where TraceMeanField_ELBO's analytic KL is another number
 
 
-def mean_loss(objective, model, guide, x, count=200):
+def mean_loss(objective, model, guide, x, count=50):
     losses = torch.tensor([objective.loss(model, guide, x) for _ in range(count)])
     return float(losses.mean()), float(losses.std()) / count**0.5
 
@@ -337,8 +338,8 @@ def test_the_kl_of_a_guide_from_the_bottom_up_is_sampled():
         for p in [*model.parameters(), *guide.parameters()]:
             p.mul_(3)
     x = data(model, size=30)
-    value, stderr = mean_loss(BetaELBO(num_particles=10), model, guide, x)
-    sampled, error = mean_loss(ScoreFunctionELBO(10), model, guide, x)
+    value, stderr = mean_loss(BetaELBO(num_particles=40), model, guide, x)
+    sampled, error = mean_loss(ScoreFunctionELBO(40), model, guide, x)
     assert abs(value - sampled) < 5 * math.hypot(stderr, error)
 
 

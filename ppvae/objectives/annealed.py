@@ -205,6 +205,8 @@ class FreeBitsELBO(Objective):
         for latent in latents(log_p, log_q):
             kl = scale[..., None] * self._kl(latent)
             above = kl.detach().mean(dim=0).sum(dim=0) > self.nats * count
+            if self.nats == 0:  # Below zero lies only the noise of a sampled KL.
+                above = torch.ones_like(above)
             rows.add(-(kl * above).sum(dim=-1))
             floor = floor + self.nats * count * (~above).sum()
         value, surrogate = rows.estimate(drawn, log_q)
