@@ -153,7 +153,8 @@ for name, r in table.items():
     )
 
 # %%
-# In this run the plain ELBO leaves the upper layer at its prior, and so does β = 4. Warm-up keeps a
-# part of it active; free bits hold all of it, at about the tenth of a nat that is free. That a latent is active does not yet mean that the model is better for it: the
-# bounds in the table are those of one seed, and seeds differ by more than the Monte Carlo errors.
+# In this run the plain ELBO leaves the upper layer at its prior, and so does β = 4. Warm-up
+# ends with one of its elements active; free bits hold all of it, at about the tenth of a nat that
+# is free. That a latent is active does not yet mean that the model is better for it: the bounds in
+# the table are those of one seed, and seeds differ by more than the Monte Carlo errors.
 # :doc:`/annealing` has the figures of five, trained for longer, and what each objective is.

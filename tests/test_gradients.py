@@ -667,9 +667,7 @@ def test_the_table_says_where_some_have_more_particles() -> None:
     def table(*counts: int) -> str:
         estimators = {f"with {count}": Trace_ELBO(count) for count in counts}
         guide = OneNormal(dist.Normal, scale=0.5)
-        return str(
-            gradient_variance(Conjugate(), guide, ROWS, estimators=estimators, num_draws=8)
-        )
+        return str(gradient_variance(Conjugate(), guide, ROWS, estimators=estimators, num_draws=8))
 
     assert "here up to 3: compare with as many for all" in table(1, 3)
     assert "compare with as many" not in table(3)
