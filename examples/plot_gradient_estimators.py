@@ -70,8 +70,9 @@ plt.show()
 # %%
 # Now the order is another one. Near its optimum q is close to the posterior, log p(x, z) − log q is
 # close to constant in z, and sticking the landing, which follows its slope alone, has a fifth of
-# the variance of the analytic KL. The score function with a baseline profits for the same reason: four
-# nearly equal signals cancel, and it has less noise than the reparameterised gradient of one draw.
+# the variance of the analytic KL. The score function with a baseline profits for the same reason:
+# four nearly equal signals cancel, and it has less noise than the reparameterised gradient of one
+# draw.
 # (Of one: the others would gain by four draws too. Give all as many ``num_particles`` to choose.)
 #
 # For a normal q with standard deviation σ and a normal posterior with precision P this can be had

@@ -27,8 +27,8 @@ class GradientVariance:
             ``gradient_norm``, ``snr`` and ``variance_cost``; over ``estimator`` alone ``cost``, in
             seconds, and ``relative_cost``; each with a ``…_stderr``. Gradients are per datum, in
             nats per unit of the parameter. Coordinates: the ``target`` of each estimator and its
-            ``num_particles``; of each group its ``num_elements`` and the ``program`` that it belongs to. The settings are in
-            the attributes.
+            ``num_particles``; of each group its ``num_elements`` and the ``program`` that it belongs
+            to. The settings are in the attributes.
         refused: Why an estimator does not apply, by its name.
     """
 
