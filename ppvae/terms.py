@@ -99,6 +99,7 @@ class Drawn:
         self.num_draws = num_draws
         with _Detached() if detached else nullcontext():
             self.trace = self._run(guide)
+        self._check_plates(self.trace)
         self.values = {
             name: site["value"]
             for name, site in sample_sites(self.trace)
@@ -139,9 +140,10 @@ class Drawn:
             ValueError: If the latent sites are not those of the guide.
         """
         trace = self.trace if values is None else _replaced(self.trace, values)
-        of_model = self._run(poutine.replay(self.model, trace=trace))
-        self._check_rows(of_model)
-        terms = self._terms(of_model, of_guide=False)
+        run = self._run(poutine.replay(self.model, trace=trace))
+        self._check_plates(run)
+        self._check_rows(run)
+        terms = self._terms(run, of_guide=False)
         self._check_sites(terms)
         return terms
 
@@ -199,12 +201,8 @@ class Drawn:
                 f"dimensions with .to_event."
             )
         shape = (self.num_draws, frames[0].size if frames else 1)
-        if not frames and value.dim() and value.shape[-1] != 1:
-            raise ValueError(
-                f"Site {name!r}: its log density has the shape {tuple(value.shape)}, but no plate "
-                f"over rows. If it is one of each row, put it inside of the plate; if not, declare "
-                f"its dimensions with .to_event, or sum them where it is a factor."
-            )
+        if not frames and self.num_draws > 1 and value.dim() == 1:
+            value = value[:, None]
         if value.dim() > 2 or (value.dim() == 2 and value.shape[0] not in (1, self.num_draws)):
             raise ValueError(
                 f"Site {name!r}: expected a log density of shape {shape} (draws, batch); got "
@@ -212,6 +210,20 @@ class Drawn:
                 f"only the last dimensions, x.reshape(*x.shape[:-1], ...)."
             )
         return value.expand(shape)
+
+    def _check_plates(self, trace: Trace) -> None:
+        """Refuse sites that have a value for each row, and no plate that says so."""
+        for name, site in sample_sites(trace):
+            shape = tuple(site["fn"].batch_shape)
+            of_draws = self.num_draws > 1 and shape == (self.num_draws,)
+            if not local_frames(site) and shape and shape[-1] != 1 and not of_draws:
+                which = "guide" if trace is self.trace else "model"
+                raise ValueError(
+                    f"Site {name!r} of the {which} lies outside of any plate, but has batch shape "
+                    f"{shape}. If that is one for each row, put it into pyro.plate('data', "
+                    f"len(x)); if not, declare its dimensions with .to_event, or sum them where it "
+                    f"is a factor."
+                )
 
     def _check_repeats(self, again: list[Term]) -> None:
         """Refuse a guide with noise of its own, such as dropout: q is then another each time."""

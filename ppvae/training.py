@@ -177,6 +177,7 @@ def fit(
     for module in modules:
         module.to(device=device, dtype=dtype)
     where = torch.device(device or device_of(*modules) or "cpu")
+    _check_loss(loss)
     began = seconds_now(where)
     with private_store(keep_bare=True), forked_rng(seed, where), without_warnings():
         batches = _batches(x, batch_size, device, dtype, modules, guide)
@@ -230,6 +231,16 @@ def without_warnings() -> Iterator[None]:
         # Of a loss that is no number: the run ends there, and its status says so.
         warnings.filterwarnings("ignore", "Encountered (NaN|[+-]?inf)", UserWarning)
         yield
+
+
+def _check_loss(loss: Any) -> None:
+    if isinstance(loss, type):
+        raise ValueError(f"loss: {loss.__name__} is a class; pass an object, {loss.__name__}(...).")
+    if loss is not None and not hasattr(loss, "loss_and_grads"):
+        raise ValueError(
+            f"loss: expected a Pyro ELBO object, such as Trace_ELBO() or one of "
+            f"ppvae.objectives; got {loss!r}."
+        )
 
 
 def _default_loss(guide: Program, x: Tensor) -> ELBO:

@@ -122,7 +122,7 @@ def test_variance_and_mean_are_those_of_the_closed_form(kind: Any) -> None:
     assert value == pytest.approx(gradient / math.sqrt(exact), abs=5 * stderr)
 
 
-@pytest.mark.parametrize("scale", [0.25, 0.6, math.sqrt(0.5), 1.0, 1.4])
+@pytest.mark.parametrize("scale", [0.25, math.sqrt(0.5), 1.0, 1.4])
 def test_an_analytic_kl_and_sticking_the_landing_have_their_places(scale: float) -> None:
     """The posterior has precision P = 2 here; the slope in e of each gradient for m is known.
 
@@ -525,7 +525,7 @@ def test_an_analytic_kl_is_refused_where_it_forgets_a_change_of_variables() -> N
         ({"num_draws": 7}, "num_draws must be at least 8; got 7"),
         ({"estimators": []}, "at least one Pyro ELBO"),
         ({"estimators": Trace_ELBO()}, "expected a sequence of Pyro ELBO objects"),
-        ({"estimators": [Trace_ELBO]}, "is no pyro.infer.ELBO object"),
+        ({"estimators": [Trace_ELBO]}, "Trace_ELBO is a class; pass an object, Trace_ELBO"),
         ({"estimators": {"mine": 3}}, "'mine' is no pyro.infer.ELBO object"),
         ({"estimators": [Trace_ELBO(), Trace_ELBO()]}, "several are called Trace_ELBO. Give them"),
         ({"x": torch.zeros(0)}, "x has no rows"),
@@ -661,6 +661,16 @@ def test_the_table_has_a_line_for_each_estimator(measured: ppvae.GradientVarianc
             assert float(shown) == pytest.approx(variance, rel=0.05)
     assert "does not apply: analytic: All distributions in the guide must be fully" in text
     assert "Compare variances within one target only" in text
+
+
+def test_the_table_says_where_some_have_more_particles() -> None:
+    def table(*counts: int) -> str:
+        estimators = {f"with {count}": Trace_ELBO(count) for count in counts}
+        guide = OneNormal(dist.Normal, scale=0.5)
+        return str(gradient_variance(Conjugate(), guide, ROWS, estimators=estimators, num_draws=8))
+
+    assert "here up to 3: compare with as many for all" in table(1, 3)
+    assert "compare with as many" not in table(3)
 
 
 def test_the_lowest_is_only_named_where_it_is_certain(measured: ppvae.GradientVariance) -> None:

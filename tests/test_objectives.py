@@ -1,6 +1,7 @@
 """Objectives: unbiased for the gradient of their bound, and the numbers that evaluation gives."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pyro
@@ -283,20 +284,21 @@ def flat(params, grads):
 )
 def test_gradients_of_binary_latents_are_those_of_the_sum(objective, two):
     model, guide = pairs.sigmoid_belief_network(4, [3], [6])
-    x = data(model, size=3)
+    # Rows cost little, and their noise averages out as that of calls does.
+    x = data(model, size=3).repeat(8, 1)
     params = [*model.parameters(), *guide.parameters()]
     exact = by_listing(model, guide, x, two)
     grads = torch.autograd.grad(exact, params, allow_unused=True)
     expected = flat(params, grads)
     found, losses = [], []
-    for _ in range(400):
+    for _ in range(100):
         for p in params:
             p.grad = None
         losses.append(objective.loss_and_grads(model, guide, x))
         found.append(-flat(params, [p.grad for p in params]))
     found, losses = torch.stack(found), torch.tensor(losses)
-    assert abs(float(losses.mean() + exact.detach())) < 5 * float(losses.std()) / 20
-    stderr = found.std(dim=0) / 20
+    assert abs(float(losses.mean() + exact.detach())) < 5 * float(losses.std()) / 10
+    stderr = found.std(dim=0) / 10
     assert ((found.mean(dim=0) - expected).abs() <= 5 * stderr + 1e-9).all()
 
 
@@ -304,7 +306,7 @@ def test_gradients_of_binary_latents_are_those_of_the_sum(objective, two):
 def test_latents_of_both_kinds_take_each_gradient_that_they_can():
     """Model M2: the class by the score function, z given the class through its draws."""
     model, guide = pairs.semisupervised_vae(4, 2, 3, [5], labelled=0)
-    x = data(model, size=4)
+    x = data(model, size=4).repeat(8, 1)
     params = [p for p in guide.parameters() if p.requires_grad]
 
     def gradients(objective, guide, count):
@@ -316,9 +318,9 @@ def test_latents_of_both_kinds_take_each_gradient_that_they_can():
             found.append(torch.cat([p.grad.flatten() for p in params if p.grad is not None]))
         return torch.stack(found)
 
-    one = gradients(BetaELBO(num_particles=4), guide, 400)
-    other = gradients(TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(guide), 400)
-    stderr = ((one.var(dim=0) + other.var(dim=0)) / 400).sqrt()
+    one = gradients(BetaELBO(num_particles=4), guide, 100)
+    other = gradients(TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(guide), 100)
+    stderr = ((one.var(dim=0) + other.var(dim=0)) / 100).sqrt()
     assert ((one.mean(dim=0) - other.mean(dim=0)).abs() <= 5 * stderr + 1e-9).all()
     assert stderr.max() < 0.1 * one.mean(dim=0).abs().max()
 
@@ -326,7 +328,7 @@ def test_latents_of_both_kinds_take_each_gradient_that_they_can():
 # Where TraceMeanField_ELBO's analytic KL is another number
 
 
-def mean_loss(objective, model, guide, x, count=200):
+def mean_loss(objective, model, guide, x, count=50):
     losses = torch.tensor([objective.loss(model, guide, x) for _ in range(count)])
     return float(losses.mean()), float(losses.std()) / count**0.5
 
@@ -337,8 +339,8 @@ def test_the_kl_of_a_guide_from_the_bottom_up_is_sampled():
         for p in [*model.parameters(), *guide.parameters()]:
             p.mul_(3)
     x = data(model, size=30)
-    value, stderr = mean_loss(BetaELBO(num_particles=10), model, guide, x)
-    sampled, error = mean_loss(ScoreFunctionELBO(10), model, guide, x)
+    value, stderr = mean_loss(BetaELBO(num_particles=40), model, guide, x)
+    sampled, error = mean_loss(ScoreFunctionELBO(40), model, guide, x)
     assert abs(value - sampled) < 5 * math.hypot(stderr, error)
 
 
@@ -354,14 +356,14 @@ def test_the_change_of_variables_of_an_autoguide_counts():
     guide(x)
     guide.locs.z.data += 1.0
     exact = -float(ppvae.elbo(model, guide, x, num_samples=100_000).value.sum())
-    value, stderr = mean_loss(BetaELBO(num_particles=100), model, guide, x)
+    value, stderr = mean_loss(BetaELBO(num_particles=400), model, guide, x)
     assert abs(value - exact) < 5 * stderr + 0.05
     wrong = mean_loss(
-        TraceMeanField_ELBO(100, vectorize_particles=True, max_plate_nesting=1), model, guide, x
+        TraceMeanField_ELBO(400, vectorize_particles=True, max_plate_nesting=1), model, guide, x
     )
     assert abs(wrong[0] - exact) > 1.5
-    for objective in (StickingTheLanding(50), IWAE(1)):
-        value, stderr = mean_loss(objective, model, guide, x)
+    for objective in (StickingTheLanding(200), IWAE(1)):
+        value, stderr = mean_loss(objective, model, guide, x, 100)
         assert abs(value - exact) < 5 * stderr + 0.05
     with pytest.raises(ValueError, match="'_?.*' is a draw of the guide's own"):
         FreeBitsELBO(0.1).loss(model, guide, x)
@@ -431,6 +433,51 @@ def test_free_bits_are_a_floor_for_the_mean_over_rows(nats):
     torch.testing.assert_close(gradients[0], torch.where(flags, gradients[1], gradients[2]))
 
 
+def test_nothing_free_is_the_elbo_where_a_sampled_kl_is_negative():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.StudentT(5.0, 0.1, 1.0))
+
+    x, losses = torch.zeros(1), []
+    for objective in (FreeBitsELBO(0.0, groups="sites"), BetaELBO(), BetaELBO(0.0)):
+        with forked_rng(3):
+            losses.append([objective.loss(model, guide, x) for _ in range(10)])
+    free, elbo, without = losses
+    assert any(one < other for one, other in zip(elbo, without, strict=True))
+    assert free == pytest.approx(elbo, rel=1e-5)
+
+
+@pytest.mark.parametrize("which", ["guide", "model"])
+@pytest.mark.parametrize(
+    "objective", [BetaELBO(), StickingTheLanding(3), IWAE(3), ScoreFunctionELBO(), FreeBitsELBO(0)]
+)
+def test_rows_without_a_plate_are_told_to_have_one(objective, which):
+    x = torch.ones(5, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)) if which == "guide" else nullcontext():
+            z = pyro.sample("z", dist.Normal(torch.zeros(5, 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)) if which == "model" else nullcontext():
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    expected = rf"Site 'z' of the {which} lies outside of any plate.*5,?\).*pyro.plate"
+    with pytest.raises(ValueError, match=expected):
+        objective.loss(model, guide, x)
+
+
+def test_particles_are_counted_in_whole_numbers():
+    with pytest.raises(ValueError, match="num_particles must be at least 1, and whole; got 2.5"):
+        IWAE(2.5)
+
+
 def test_free_bits_keep_the_precision_and_the_device_of_the_pair(device):
     """With nothing free this is the ELBO, also where the scale is no float32 number."""
     model, guide = (m.double().to(device) for m in pairs.vae(6, 3, [8]))
@@ -497,7 +544,7 @@ def test_pyros_own_keep_working(loss):
 def test_latents_that_all_rows_share():
     model, guide = pairs.bayesian_neural_network(1, 1, [4])
     x = data(model, size=12)
-    expected, error = mean_loss(Trace_ELBO(), model, guide, x)
+    expected, error = mean_loss(Trace_ELBO(), model, guide, x, 200)
     for objective in (BetaELBO(), BetaELBO(num_particles=3), StickingTheLanding(3)):
         value, stderr = mean_loss(objective, model, guide, x, 100)
         assert abs(value - expected) < 5 * math.hypot(error, stderr)
@@ -579,8 +626,8 @@ def test_networks_that_take_no_draws():
             pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
 
     x = torch.ones(3, 6)
-    value, stderr = mean_loss(StickingTheLanding(), model, guide, x)
-    expected, error = mean_loss(Trace_ELBO(), model, guide, x)
+    value, stderr = mean_loss(StickingTheLanding(), model, guide, x, 200)
+    expected, error = mean_loss(Trace_ELBO(), model, guide, x, 200)
     assert abs(value - expected) < 5 * math.hypot(stderr, error)
     with pytest.raises(ValueError, match=r"4 draws at once[\s\S]*leading dimensions"):
         IWAE(4).loss(model, guide, x)
@@ -634,7 +681,7 @@ def test_a_factor_outside_of_the_plate_counts_once_or_is_refused(objective):
 @pytest.mark.parametrize("objective", ALL, ids=repr)
 def test_a_density_of_rows_without_a_plate_is_named(objective):
     model, guide = normal_pair(lambda x: pyro.factor("penalty", -x.square()))
-    with pytest.raises(ValueError, match=r"Site 'penalty': .*no plate over rows.*\.to_event"):
+    with pytest.raises(ValueError, match=r"Site 'penalty' .*outside of any plate.*\.to_event"):
         objective.loss(model, guide, torch.tensor([0.5, -1.0, 2.0]))
 
 

@@ -692,6 +692,11 @@ def test_each_element_is_a_line_and_each_site_a_colour() -> None:
     # Out of order a site's figure can be negative, and is then shown.
     low = plots.element_kl([kl_of([0.1, -0.2, 0.3])] * 2, [0, 1], ax=axes())
     assert low.get_ylim()[0] < -0.2
+    # A second figure on shared axes is not cut off by the first one's limits.
+    _, (left, right) = plt.subplots(1, 2, sharey=True)
+    plots.element_kl([kl_of([0.1, 0.2, 0.3])] * 2, [0, 1], ax=left)
+    plots.element_kl([kl_of([0.1, 0.2, 9.0])] * 2, [0, 1], ax=right)
+    assert right.get_ylim()[1] > 9
 
 
 def test_element_kl_refuses_what_does_not_go_together() -> None:

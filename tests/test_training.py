@@ -241,6 +241,8 @@ def test_progress_can_be_turned_off(capsys):
         ({"batch_size": 0}, ["batch_size", "0"]),
         ({"lr": -1.0}, ["lr", "positive"]),
         ({"compile": True}, ["compile"]),
+        ({"loss": Trace_ELBO}, ["loss", "Trace_ELBO is a class", "Trace_ELBO(...)"]),
+        ({"loss": "iwae"}, ["loss", "ppvae.objectives", "'iwae'"]),
         ({"x": []}, ["without items"]),
         ({"x": DataLoader(torch.zeros(0, 1))}, ["without batches"]),
         ({"x": TensorDataset(torch.tensor([1, 2]))}, ["int64"]),

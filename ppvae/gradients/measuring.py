@@ -114,6 +114,10 @@ def gradient_variance(
     and a cost is the median over draws of the ratio to the time of the first estimator that
     applies; what a machine does beside it slows both.
 
+    A draw of an estimator with K particles is a mean over K. On small networks several cost little
+    more than one, whatever the estimator: one with more particles than the others may be the
+    lowest for that alone. Give all as many, ``num_particles=K``, to compare how they work.
+
     Variances compare only between estimators of one ``target``: estimators of other bounds
     estimate other gradients. Of Pyro's own, `RenyiELBO` weighs each row by itself where all sites
     lie in the plate over the rows, and all rows at once where latents are shared by all rows; of
@@ -219,6 +223,10 @@ def _named(estimators: Sequence[ELBO] | Mapping[str, ELBO]) -> dict[str, ELBO]:
     if not named:
         raise ValueError("estimators: expected at least one Pyro ELBO object; got none.")
     for name, each in named.items():
+        if isinstance(each, type):
+            raise ValueError(
+                f"estimators: {each.__name__} is a class; pass an object, {each.__name__}(...)."
+            )
         if not isinstance(each, ELBO):
             raise ValueError(
                 f"estimators: {name!r} is no pyro.infer.ELBO object but {each!r}. Pass one such "
@@ -418,6 +426,10 @@ def _dataset(
             "estimator": names,
             "group": list(groups),
             "target": ("estimator", [target_of(applied[name][0], bench) for name in names]),
+            "num_particles": (
+                "estimator",
+                [int(getattr(applied[name][0], "num_particles", 1)) for name in names],
+            ),
             "num_elements": (
                 "group",
                 [sum(bench.parameters[i].numel() for i in own) for own in groups.values()],

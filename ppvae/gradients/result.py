@@ -26,9 +26,9 @@ class GradientVariance:
         dataset: An `xarray.Dataset` over ``estimator`` and ``group``: ``variance``,
             ``gradient_norm``, ``snr`` and ``variance_cost``; over ``estimator`` alone ``cost``, in
             seconds, and ``relative_cost``; each with a ``…_stderr``. Gradients are per datum, in
-            nats per unit of the parameter. Coordinates: the ``target`` of each estimator; of each
-            group its ``num_elements`` and the ``program`` that it belongs to. The settings are in
-            the attributes.
+            nats per unit of the parameter. Coordinates: the ``target`` of each estimator and its
+            ``num_particles``; of each group its ``num_elements`` and the ``program`` that it
+            belongs to. The settings are in the attributes.
         refused: Why an estimator does not apply, by its name.
     """
 
@@ -81,6 +81,12 @@ class GradientVariance:
             lines.append(
                 "Compare variances within one target only: estimators of different targets "
                 "estimate different gradients."
+            )
+        particles = ds["num_particles"].values.tolist()
+        if len(set(zip(ds["target"].values.tolist(), particles, strict=True))) > len(targets):
+            lines.append(
+                "Some average more particles than others, here up to "
+                f"{max(particles)}: compare with as many for all before you choose."
             )
         for group in [g for g in PROGRAMS if g in ds["group"].values]:
             lines += ["", *self._block(group)]

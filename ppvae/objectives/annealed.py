@@ -210,6 +210,8 @@ class FreeBitsELBO(Objective):
             ones = torch.ones_like(latent.posterior.log_prob)
             count = (scales * scale_and_mask(ones, 1.0, latent.posterior.mask)).sum(dim=-1).mean()
             above = kl.detach().mean(dim=0).sum(dim=0) > self.nats * count
+            if self.nats == 0:  # Below zero lies only the noise of a sampled KL.
+                above = torch.ones_like(above)
             rows.add(-(kl * above).sum(dim=-1))
             floor = floor + self.nats * count * (~above).sum()
         value, surrogate = rows.estimate(drawn, log_q)

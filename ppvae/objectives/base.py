@@ -31,8 +31,10 @@ class Objective(ELBO):
     """
 
     def __init__(self, num_particles: int, *, least: int = 1) -> None:
-        if num_particles < least:
-            raise ValueError(f"num_particles must be at least {least}; got {num_particles}.")
+        if num_particles < least or num_particles % 1:
+            raise ValueError(
+                f"num_particles must be at least {least}, and whole; got {num_particles}."
+            )
         super().__init__(num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True)
 
     @property

@@ -36,7 +36,7 @@ class IWAE(_ImportanceWeighted):
               w_{kn} = \frac{p(x_n, z_{kn})}{q(z_{kn} \mid x_n)}, \quad
               z_{kn} \sim q(\cdot \mid x_n)
 
-    (Burda, Grosse & Salakhutdinov 2015, eq. 8, and its gradient, eq. 13 and 14.) Each term bounds
+    (Burda, Grosse & Salakhutdinov 2015, eq. 8, and its gradient.) Each term bounds
     :math:`\log p(x_n)` from below, the closer the larger K; K = 1 is the ELBO. With
     :math:`\tilde w_k = w_k / \sum_j w_j` the gradient is
     :math:`\sum_k \tilde w_k \nabla \log w_k`, all of it, through the draws too.

@@ -16,7 +16,7 @@ class Linear:
 
     .. math:: \beta_t = \beta_0 + (\beta_1 - \beta_0) \min(t / T, 1), \qquad t = 0, 1, \ldots
 
-    KL annealing, or warm-up (Bowman et al. 2016, sec. 3.1; Sønderby et al. 2016, sec. 2.3).
+    KL annealing, or warm-up (Bowman et al. 2016; Sønderby et al. 2016).
 
     Args:
         steps: T, the steps that the way takes.
@@ -56,7 +56,7 @@ class Cyclical:
 
     .. math:: \beta_t = \beta_0 + (\beta_1 - \beta_0) \min(\tau_t / R, 1)
 
-    and :math:`\beta_1` after T steps (Fu et al. 2019, eq. 6 and 7, with M = 4 and R = 0.5).
+    and :math:`\beta_1` after T steps (Fu et al. 2019, whose M = 4 and R = 0.5 are the defaults).
 
     Args:
         steps: T.

@@ -28,8 +28,9 @@ class SemisupervisedELBO(Objective):
     and the expectation over z by reparameterised draws (Kingma, Rezende, Mohamed & Welling 2014,
     eq. 6 to 9). The first two sums bound :math:`\sum \log p(x_n, y_n) + \sum \log p(x_n)` from
     below; with α = 0 they are all there is, as `TraceEnum_ELBO` has it. In them the classifier
-    learns from rows without labels alone, hence the third, a negative cross-entropy. It is no
-    bound: ``-loss`` is an ELBO for α = 0 only. For the ELBO of a trained pair take `ppvae.elbo`.
+    learns from rows without labels alone, hence the third, a negative cross-entropy. As that is
+    never above 0, J never exceeds the ELBO: a lower bound still, but ``-loss`` is the ELBO for
+    α = 0 only. For the ELBO of a trained pair take `ppvae.elbo`.
 
     What is minimised is :math:`-J^\alpha`, summed over the rows given, each with weight 1 (times
     the scale of a plate that subsamples). So minibatches of mixed rows, drawn at random, give

@@ -70,8 +70,9 @@ def element_kl(
             label=site if first else None,
         )
     ax.set_yscale("symlog", linthresh=_LINEAR)
-    if values.min() >= 0:
-        ax.set_ylim(bottom=0)
+    # Also where the axis is shared with one that has its limits.
+    top = max(ax.get_ylim()[1], 1.2 * values[np.isfinite(values)].max(initial=_LINEAR))
+    ax.set_ylim(0 if values.min() >= 0 else None, top)
     ax.set_xlabel("step")
     ax.set_ylabel("KL (nats per datum)")
     return styled(ax)
