@@ -201,8 +201,6 @@ class Drawn:
                 f"dimensions with .to_event."
             )
         shape = (self.num_draws, frames[0].size if frames else 1)
-        if not frames and self.num_draws > 1 and value.dim() == 1:
-            value = value[:, None]
         if value.dim() > 2 or (value.dim() == 2 and value.shape[0] not in (1, self.num_draws)):
             raise ValueError(
                 f"Site {name!r}: expected a log density of shape {shape} (draws, batch); got "
@@ -215,8 +213,7 @@ class Drawn:
         """Refuse sites that have a value for each row, and no plate that says so."""
         for name, site in sample_sites(trace):
             shape = tuple(site["fn"].batch_shape)
-            of_draws = self.num_draws > 1 and shape == (self.num_draws,)
-            if not local_frames(site) and shape and shape[-1] != 1 and not of_draws:
+            if not local_frames(site) and shape and shape[-1] != 1:
                 which = "guide" if trace is self.trace else "model"
                 raise ValueError(
                     f"Site {name!r} of the {which} lies outside of any plate, but has batch shape "
