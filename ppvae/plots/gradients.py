@@ -168,11 +168,12 @@ def _legend_of_targets(ax: Axes, styles: dict[str, dict[str, Any]]) -> None:
     marks = [
         Line2D([], [], marker="o", linestyle="none", label=target, **style)
         for target, style in styles.items()
+        if len(styles) > 1
     ]
-    worth = Line2D([], [], color=GREY, linewidth=0.6, label="(line) equal variance × cost")
+    worth = Line2D([], [], color=GREY, linewidth=0.6, label="equal variance × cost")
     ax.legend(
         handles=[*marks, worth],
-        title="filling of a mark: whose gradient",
+        title="filling of a mark: whose gradient" if marks else None,
         title_fontsize="small",
         alignment="left",
         frameon=False,
