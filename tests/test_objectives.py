@@ -280,7 +280,7 @@ def flat(params, grads):
         (TraceGraph_ELBO(), False),
         (VIMCO(2), True),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_gradients_of_binary_latents_are_those_of_the_sum(objective, two):
     model, guide = pairs.sigmoid_belief_network(4, [3], [6])
