@@ -55,8 +55,6 @@ class Latent:
             value = _divergence(self.posterior.fn, self.prior.fn)
         except NotImplementedError:
             return None
-        if self.posterior.is_shared and value.dim() == 1:
-            value = value[:, None]
         shaped = value.expand(self.posterior.log_prob.shape)
         masked: Tensor = scale_and_mask(shaped, 1.0, self.posterior.mask)
         return masked

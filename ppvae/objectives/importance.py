@@ -28,6 +28,15 @@ class _ImportanceWeighted(Objective):
         """What the gradient is one of."""
         return bound_name(self.num_particles)
 
+    def _draw(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Drawn:
+        """Draws that the gradient goes through, and that belong to a datum each."""
+        drawn = Drawn(model, guide, args, kwargs, self.num_particles)
+        check_pathwise(drawn, _PATH)
+        check_local(drawn, _LOCAL)
+        return drawn
+
 
 class IWAE(_ImportanceWeighted):
     r"""The importance-weighted bound of every datum, with the reparameterised gradient.
@@ -67,9 +76,7 @@ class IWAE(_ImportanceWeighted):
     def _evaluate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        drawn = Drawn(model, guide, args, kwargs, self.num_particles)
-        check_pathwise(drawn, _PATH)
-        check_local(drawn, _LOCAL)
+        drawn = self._draw(model, guide, args, kwargs)
         log_q, log_p = drawn.log_q(), drawn.log_p()
         bound = log_mean_weight(log_weights(log_p, log_q))
         value = (row_scale(*log_p, *log_q) * bound).sum()
@@ -113,9 +120,7 @@ class DReG(_ImportanceWeighted):
     def _evaluate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        drawn = Drawn(model, guide, args, kwargs, self.num_particles)
-        check_pathwise(drawn, _PATH)
-        check_local(drawn, _LOCAL)
+        drawn = self._draw(model, guide, args, kwargs)
         # The gradient that reaches a draw is weighed once more on its way to φ.
         weights = _Weights()
         values = {name: weights.on_the_way_back(z) for name, z in drawn.values.items()}
