@@ -123,6 +123,15 @@ def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, site
 
 
+def latent_sites(trace: Trace) -> dict[str, dict[str, Any]]:
+    """The latent variables of a guide's trace: draws of the guide's own are left out."""
+    return {
+        name: site
+        for name, site in sample_sites(trace)
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+    }
+
+
 def local_frames(site: dict[str, Any]) -> list[Any]:
     """The plates that a site is in, that of the draws apart."""
     return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != _PARTICLES]
@@ -276,11 +285,7 @@ def check_shared_pair(model: Program, guide: Program, x: Tensor, num_data: int |
             )
         if site["is_observed"]:
             _check_observed(name, site)
-    guided = {
-        name: site
-        for name, site in sample_sites(_plain_run("guide", guide, x))
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
-    }
+    guided = latent_sites(_plain_run("guide", guide, x))
     if set(guided) != set(latents):
         raise ValueError(
             f"The guide's latent sites must be the model's, {list(latents)}; got {list(guided)}."
@@ -343,7 +348,7 @@ def _plain_run(kind: str, program: Program, x: Tensor) -> Trace:
 
 
 @contextmanager
-def with_draws(shape: torch.Size) -> Iterator[None]:
+def _with_draws(shape: torch.Size) -> Iterator[None]:
     """Name the usual cause where a program runs on rows but not on draws of them."""
     try:
         yield
@@ -393,11 +398,7 @@ def check_pair(model: Program, guide: Program, x: Tensor) -> ModelSites:
     """
     sites = read_model(model, x)
     trace = _plain_run("guide", guide, x)
-    guided = {
-        name: site
-        for name, site in sample_sites(trace)
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
-    }
+    guided = latent_sites(trace)
     missing = [name for name in sites.latents if name not in guided]
     extra = [name for name in guided if name not in sites.latents]
     if missing or extra:
@@ -600,7 +601,7 @@ def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
         values = {name: v.expand(*shape, *v.shape) for name, v in model.values.items()}
         return joint(model.model, x, {**values, **latents})
     conditioned = poutine.condition(model, data=dict(latents))
-    with unvalidated(), with_draws(first.shape[:2]), particles(first.shape[0]):
+    with unvalidated(), _with_draws(first.shape[:2]), particles(first.shape[0]):
         trace = poutine.trace(conditioned).get_trace(x)
         return _sum_sites(trace, first.shape[:2], latents)
 
@@ -610,15 +611,14 @@ def weigh(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`log_weights` without its checks and contexts; gives the draws of the latent sites too."""
     shape = torch.Size((num_samples, x.shape[0]))
-    with unvalidated(), with_draws(shape):
+    with unvalidated(), _with_draws(shape):
         with particles(num_samples):
             trace = poutine.trace(guide).get_trace(x)
         log_q = _sum_sites(trace, shape, None)
     latents = {}
-    for name, site in sample_sites(trace):
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False):
-            value, event = site["value"], site["fn"].event_shape
-            latents[name] = value.expand(num_samples, x.shape[0], *event)
+    for name, site in latent_sites(trace).items():
+        value, event = site["value"], site["fn"].event_shape
+        latents[name] = value.expand(num_samples, x.shape[0], *event)
     return joint(model, x, latents) - log_q, latents
 
 
@@ -628,7 +628,7 @@ def prior_draws(model: Program, x: Tensor, num_samples: int) -> dict[str, Tensor
     For code that provides the contexts of `judging` itself.
     """
     shape = torch.Size((num_samples, x.shape[0]))
-    with unvalidated(), with_draws(shape), particles(num_samples):
+    with unvalidated(), _with_draws(shape), particles(num_samples):
         trace = poutine.trace(model).get_trace(x)
     return {
         name: site["value"].expand(*shape, *site["fn"].event_shape)

@@ -437,12 +437,10 @@ def element_kl(
 
 def _site_kl(latent: Latent) -> Tensor:
     """The KL of a site's elements, or that of the site as one; ``(num_draws, batch, entries)``."""
-    of_elements = latent.kl_of_elements()
-    if of_elements is None and latent.kl() is None:
-        of_elements = latent.log_ratio_of_elements()
-    if of_elements is not None:
-        return of_elements
     whole = latent.kl()
+    elements = latent.log_ratio_of_elements() if whole is None else latent.kl_of_elements()
+    if elements is not None:
+        return elements
     return (latent.log_ratio() if whole is None else whole)[..., None]
 
 

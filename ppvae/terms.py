@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ppvae.density import (
     Program,
     distribution_name,
     is_scaled,
+    latent_sites,
     local_frames,
     particles,
     sample_sites,
@@ -118,7 +120,7 @@ class Drawn:
                 it has for the draws themselves alone.
         """
         if values is None:
-            return self._terms(self.trace, of_guide=True)
+            return self._own_terms
         trace = _replaced(self.trace, values)
         try:
             if len(self.values) == 1 and not self._hangs_on_draws:
@@ -146,6 +148,10 @@ class Drawn:
         terms = self._terms(run, of_guide=False)
         self._check_sites(terms)
         return terms
+
+    @cached_property
+    def _own_terms(self) -> list[Term]:
+        return self._terms(self.trace, of_guide=True)
 
     @property
     def shared(self) -> list[str]:
@@ -224,7 +230,7 @@ class Drawn:
 
     def _check_repeats(self, again: list[Term]) -> None:
         """Refuse a guide with noise of its own, such as dropout: q is then another each time."""
-        for one, other in zip(self.log_q(), again, strict=True):
+        for one, other in zip(self._own_terms, again, strict=True):
             before = one.log_prob.detach()
             change = (other.log_prob.detach() - before).abs().mean()
             # Far above rounding, also that of a flow that is inverted.
@@ -252,11 +258,7 @@ class Drawn:
 
     def _check_sites(self, terms: list[Term]) -> None:
         ours = {t.name for t in terms if not t.is_observed}
-        theirs = {
-            name
-            for name, site in sample_sites(self.trace)
-            if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
-        }
+        theirs = set(latent_sites(self.trace))
         if ours != theirs:
             raise ValueError(
                 f"The guide's latent sites must be the model's, {sorted(ours)}; got "
@@ -463,11 +465,7 @@ def run_pair(model: Program, guide: Program, x: Tensor) -> PairRun:
     """
     of_guide = poutine.trace(guide).get_trace(x)
     guided = dict(sample_sites(of_guide))
-    own = {
-        name: site
-        for name, site in guided.items()
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
-    }
+    own = latent_sites(of_guide)
     held = {name: site["value"].detach() for name, site in own.items()}
     of_model = poutine.trace(poutine.condition(model, data=held)).get_trace(x)
     modelled = dict(sample_sites(of_model))

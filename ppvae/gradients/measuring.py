@@ -47,6 +47,7 @@ from ppvae.isolation import (
 )
 from ppvae.objectives import BetaELBO, ScoreFunctionELBO, StickingTheLanding
 from ppvae.terms import PairRun, run_pair
+from ppvae.training import without_warnings
 
 if TYPE_CHECKING:
     import xarray
@@ -195,11 +196,10 @@ def _measuring(model: Program, guide: Program, seed: int, x: Tensor) -> Iterator
         forked_rng(seed, x.device),
         evaluation_mode(model, guide, freeze=False),
         torch.enable_grad(),
-        warnings.catch_warnings(),
+        without_warnings(),
     ):
-        # Pyro's, of what is looked into here: orders of sites, enumeration, frozen parameters.
+        # Pyro's, of what is looked into here: orders of sites, enumeration.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"pyro\.")
-        warnings.filterwarnings("ignore", "Encountered (NaN|[+-]?inf)", UserWarning)
         yield
 
 

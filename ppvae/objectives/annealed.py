@@ -107,9 +107,7 @@ class BetaELBO(Objective):
     def _evaluate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        runs = self._runs(model, guide, args, kwargs)
-        values, surrogates = zip(*(self._of(drawn) for drawn in runs), strict=True)
-        return torch.stack(values).mean(), torch.stack(surrogates).mean()
+        return self._averaged(self._of, model, guide, args, kwargs)
 
     def _of(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
         log_q, log_p = drawn.log_q(), drawn.log_p()

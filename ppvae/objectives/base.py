@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,13 +27,15 @@ class Objective(ELBO):
 
     Args:
         num_particles: Draws of the latents for every row.
-        least: The fewest that make sense.
     """
 
-    def __init__(self, num_particles: int, *, least: int = 1) -> None:
-        if num_particles < least or num_particles % 1:
+    # The fewest draws that make sense.
+    _least = 1
+
+    def __init__(self, num_particles: int = 1) -> None:
+        if num_particles < self._least or num_particles % 1:
             raise ValueError(
-                f"num_particles must be at least {least}, and whole; got {num_particles}."
+                f"num_particles must be at least {self._least}, and whole; got {num_particles}."
             )
         super().__init__(num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True)
 
@@ -75,14 +77,21 @@ class Objective(ELBO):
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no single pair of traces.")
 
-    def _runs(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> list[Drawn]:
-        """All draws at once; one after the other where all rows share a latent."""
+    def _averaged(
+        self,
+        of: Callable[[Drawn], tuple[Tensor, Tensor]],
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """What ``of`` says of all draws; of one after the other where all rows share a latent."""
         drawn = Drawn(model, guide, args, kwargs, self.num_particles)
         if self.num_particles == 1 or not drawn.shared:
-            return [drawn]
-        return [Drawn(model, guide, args, kwargs, 1) for _ in range(self.num_particles)]
+            return of(drawn)
+        runs = [of(Drawn(model, guide, args, kwargs, 1)) for _ in range(self.num_particles)]
+        values, surrogates = zip(*runs, strict=True)
+        return torch.stack(values).mean(), torch.stack(surrogates).mean()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_particles={self.num_particles})"

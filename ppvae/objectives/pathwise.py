@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ppvae.density import Program
@@ -44,9 +43,6 @@ class StickingTheLanding(Objective):
         >>> loss.backward()
     """
 
-    def __init__(self, num_particles: int = 1) -> None:
-        super().__init__(num_particles)
-
     @property
     def target(self) -> str:
         """What the gradient is one of."""
@@ -55,9 +51,7 @@ class StickingTheLanding(Objective):
     def _evaluate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        runs = self._runs(model, guide, args, kwargs)
-        values, surrogates = zip(*(_of(drawn) for drawn in runs), strict=True)
-        return torch.stack(values).mean(), torch.stack(surrogates).mean()
+        return self._averaged(_of, model, guide, args, kwargs)
 
 
 def _of(drawn: Drawn) -> tuple[Tensor, Tensor]:

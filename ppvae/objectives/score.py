@@ -52,9 +52,6 @@ class ScoreFunctionELBO(Objective):
         >>> loss.backward()
     """
 
-    def __init__(self, num_particles: int = 1) -> None:
-        super().__init__(num_particles)
-
     @property
     def target(self) -> str:
         """What the gradient is one of."""
@@ -103,8 +100,10 @@ class VIMCO(Objective):
         >>> loss.backward()
     """
 
+    _least = 2
+
     def __init__(self, num_particles: int = 5) -> None:
-        super().__init__(num_particles, least=2)
+        super().__init__(num_particles)
 
     @property
     def target(self) -> str:
