@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -80,6 +81,7 @@ class BetaELBO(Objective):
             check_weight("beta", beta)
         self.schedule, self.weighs = beta, weighs
         self.steps_taken = 0
+        self._given: Tensor | None = None
 
     @property
     def beta(self) -> float:
@@ -98,11 +100,24 @@ class BetaELBO(Objective):
         which = "the KL term" if self.weighs == "kl" else "log q"
         return f"ELBO with {which} times {self.beta:.6g}"
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """−J summed over the rows; its gradients are added to the parameters', the step counts."""
-        value = super().loss_and_grads(model, guide, *args, **kwargs)
+    def count_step(self) -> None:
+        """Note that a step was taken: the schedule goes on."""
         self.steps_taken += 1
-        return value
+
+    @property
+    def moving(self) -> tuple[float, ...]:
+        """The weight, where it is on a schedule."""
+        return (self.beta,) if callable(self.schedule) else ()
+
+    @contextmanager
+    def again(self, moving: Tensor | None = None) -> Iterator[None]:
+        """Inside, a step is run once more, and is not counted; with this weight, if given."""
+        taken, given = self.steps_taken, self._given
+        self._given = None if moving is None else moving[0]
+        try:
+            yield
+        finally:
+            self.steps_taken, self._given = taken, given
 
     def _evaluate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -111,7 +126,7 @@ class BetaELBO(Objective):
 
     def _of(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
         log_q, log_p = drawn.log_q(), drawn.log_p()
-        beta, rows = self.beta, Rows()
+        beta, rows = self.beta if self._given is None else self._given, Rows()
         for term in log_p:
             if term.is_observed or self.weighs == "log_q":
                 rows.add(term.log_prob * term.scale, term.is_shared)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,9 +71,27 @@ class Objective(ELBO):
         value, surrogate = self._evaluate(model, guide, args, kwargs)
         if surrogate.requires_grad:
             (-surrogate).backward()
-        loss = -float(value.detach())
+        loss: float = -value.detach().item()
         warn_if_nan(loss, "loss")
+        self.count_step()
         return loss
+
+    def count_step(self) -> None:
+        """Note that a step was taken, for an objective on a schedule."""
+
+    @property
+    def moving(self) -> tuple[float, ...]:
+        """The numbers of the coming step that change from one to the next, such as a weight."""
+        return ()
+
+    @contextmanager
+    def again(self, moving: Tensor | None = None) -> Iterator[None]:
+        """Inside, a step is run once more, and is not counted.
+
+        Args:
+            moving: What to use for the numbers of `moving`, in one dimension.
+        """
+        yield
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no single pair of traces.")

@@ -1,0 +1,136 @@
+"""What an optimizer does to the parameters, as tensor operations of the same graph."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+
+class Update(ABC):
+    """The update of some parameters from their gradients."""
+
+    @property
+    @abstractmethod
+    def places(self) -> list[tuple[Mapping[Any, Any], Any]]:
+        """Where options and state of the optimizer are: what the graph has frozen, or holds."""
+
+    @abstractmethod
+    def numbers(self) -> list[float]:
+        """What changes from step to step, such as learning rates, for the coming step."""
+
+    @abstractmethod
+    def apply(self, gradients: Sequence[Tensor | None], numbers: Tensor, go: Tensor) -> None:
+        """Change parameters and state in place, or leave them where ``go`` is false.
+
+        Args:
+            gradients: One for each parameter; what has none stays.
+            numbers: Those of `numbers`, as a tensor.
+            go: ``()``, bool.
+        """
+
+    @abstractmethod
+    def gradients(self, before: Mapping[int, Tensor], has: Sequence[bool]) -> list[Tensor]:
+        """The gradients that the last update was made from, for its check.
+
+        Args:
+            before: What the tensors of the state held before it, by their ``id``.
+            has: Which parameters had one.
+        """
+
+    @abstractmethod
+    def count(self, has: Sequence[bool]) -> None:
+        """Count a step of the parameters that had a gradient."""
+
+
+class AdamUpdate(Update):
+    """Torch's own Adam, with its own state: `torch.optim.Adam` can go on from there, and back.
+
+    Args:
+        params: The parameters, in the order of the gradients.
+        optimizers: The optimizer of each, with a state from at least one step.
+    """
+
+    def __init__(self, params: Sequence[Tensor], optimizers: Sequence[Adam]) -> None:
+        self._params, self._optimizers = list(params), list(optimizers)
+        self._groups = [_group_of(o, p) for o, p in zip(optimizers, params, strict=True)]
+        self._states = [o.state[p] for o, p in zip(optimizers, params, strict=True)]
+        # A view of a number in memory, which is read without a call of torch.
+        self._steps = [state["step"].numpy() for state in self._states]
+
+    @staticmethod
+    def refusal(param: Tensor, optimizer: Any) -> str | None:
+        """Why an update of torch's cannot be part of the graph; `None` where it can."""
+        if type(optimizer) is not Adam:
+            return f"{type(optimizer).__name__} is not torch.optim.Adam"
+        group = _group_of(optimizer, param)
+        if group["weight_decay"] or group["amsgrad"] or group["maximize"]:
+            return "of Adam's options only lr, betas and eps are known here"
+        if isinstance(group["lr"], Tensor) or any(isinstance(b, Tensor) for b in group["betas"]):
+            return "Adam's learning rate is a tensor"
+        state = optimizer.state.get(param)
+        if not state or state["step"].device.type != "cpu":
+            return "Adam keeps its count of steps on the device"
+        return None
+
+    @property
+    def places(self) -> list[tuple[Mapping[Any, Any], Any]]:
+        """The options but for the learning rates, and the moments."""
+        out: list[tuple[Mapping[Any, Any], Any]] = []
+        for optimizer, group, state in zip(
+            self._optimizers, self._groups, self._states, strict=True
+        ):
+            out += [(vars(optimizer), "state"), (vars(optimizer), "param_groups")]
+            out += [(group, key) for key in group if key not in ("params", "lr")]
+            out += [(state, key) for key in ("exp_avg", "exp_avg_sq", "step")]
+        return list({(id(place), key): (place, key) for place, key in out}.values())
+
+    def numbers(self) -> list[float]:
+        """For each parameter −lr/(1 − β₁ᵗ) and the root of 1 − β₂ᵗ."""
+        out: list[float] = []
+        for group, step in zip(self._groups, self._steps, strict=True):
+            count = float(step) + 1
+            first, second = group["betas"]
+            out += [-group["lr"] / (1 - first**count), (1 - second**count) ** 0.5]
+        return out
+
+    def apply(self, gradients: Sequence[Tensor | None], numbers: Tensor, go: Tensor) -> None:
+        """Kingma & Ba 2015, algorithm 1, in the order of torch's operations."""
+        for at, (param, gradient) in enumerate(zip(self._params, gradients, strict=True)):
+            if gradient is None:
+                continue
+            state, (first, second) = self._states[at], self._groups[at]["betas"]
+            rate, root = numbers[2 * at], numbers[2 * at + 1]
+            gradient = torch.where(go, gradient, 0.0)
+            one = go.to(gradient.dtype)
+            state["exp_avg"].lerp_(gradient, one * (1 - first))
+            state["exp_avg_sq"].mul_(1 - one * (1 - second))
+            state["exp_avg_sq"].addcmul_(gradient, gradient, value=1 - second)
+            scale = state["exp_avg_sq"].sqrt() / root.to(param.dtype) + self._groups[at]["eps"]
+            param.add_(state["exp_avg"] / scale * (one * rate.to(param.dtype)))
+
+    def count(self, has: Sequence[bool]) -> None:
+        """Count a step of the parameters that had a gradient."""
+        for step, had in zip(self._steps, has, strict=True):
+            if had:
+                step += 1
+
+    def gradients(self, before: Mapping[int, Tensor], has: Sequence[bool]) -> list[Tensor]:
+        """From the change of the first moment."""
+        out = []
+        for group, state, had in zip(self._groups, self._states, has, strict=True):
+            if had:
+                moment, first = state["exp_avg"], group["betas"][0]
+                out.append((moment - first * before[id(moment)]) / (1 - first))
+        return out
+
+
+def _group_of(optimizer: Any, param: Tensor) -> dict[str, Any]:
+    group: dict[str, Any] = next(
+        g for g in optimizer.param_groups if any(p is param for p in g["params"])
+    )
+    return group

@@ -1,0 +1,23 @@
+"""Functions of tensors as graphs: captured once, replayed, compiled, checked.
+
+Nothing here knows of Pyro. What runs a pair enters here as a function of tensors.
+"""
+
+from ppvae.graphs.capturing import Graph, NotCapturable, capture, capturing
+from ppvae.graphs.checking import far_apart
+from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, replayed
+from ppvae.graphs.watching import Watch
+
+__all__ = [
+    "CompileError",
+    "Graph",
+    "NotCapturable",
+    "Runner",
+    "Watch",
+    "capture",
+    "capturing",
+    "compiled",
+    "cuda_graph",
+    "far_apart",
+    "replayed",
+]

@@ -1,0 +1,122 @@
+"""Matrix products by the faster of two libraries, measured once for each shape.
+
+Torch's own `mm` on a CPU goes to the BLAS it was built with, MKL as a rule, which on processors
+of other makers may run at half the speed of oneDNN, which torch holds too.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# oneDNN has to be this much faster: what is gained below that is lost in noise.
+_WORTHWHILE = 0.9
+_SECONDS, _MOST_ROUNDS = 0.02, 20
+
+_faster: dict[tuple[Any, ...], bool] = {}
+
+
+def with_fastest_products(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
+    """A copy of a graph in which products go to oneDNN where it was measured to be faster.
+
+    Returns:
+        The graph, and how many of its products changed.
+    """
+    graph = copy.deepcopy(module.graph)
+    changed = 0
+    if _available():
+        for node in list(graph.nodes):
+            changed += _replaced(graph, node)
+    return fx.GraphModule(module, graph), changed
+
+
+def _available() -> bool:
+    try:
+        return bool(torch.backends.mkldnn.is_available()) and bool(
+            torch.ops.mkldnn._linear_pointwise.default
+        )
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _replaced(graph: fx.Graph, node: fx.Node) -> bool:
+    aten = torch.ops.aten
+    if node.op != "call_function" or node.kwargs:
+        return False
+    if node.target is aten.mm.default:
+        bias, (left, right) = None, node.args
+    elif node.target is aten.addmm.default:
+        bias, left, right = node.args
+    else:
+        return False
+    a, b = left.meta.get("val"), right.meta.get("val")  # type: ignore[union-attr]
+    c = None if bias is None else bias.meta.get("val")  # type: ignore[union-attr]
+    if not all(_is_plain(t) for t in (a, b)) or (c is not None and (not _is_plain(c) or c.dim() != 1)):
+        return False
+    if not onednn_is_faster(a, b, c is not None):
+        return False
+    with graph.inserting_before(node):
+        weight = graph.call_function(aten.t.default, (right,))
+        product = graph.call_function(
+            torch.ops.mkldnn._linear_pointwise.default, (left, weight, bias, "none", [], "")
+        )
+    product.meta = dict(node.meta)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+    return True
+
+
+def _is_plain(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and 0 not in tensor.shape
+    )
+
+
+def onednn_is_faster(a: Tensor, b: Tensor, bias: bool) -> bool:
+    """Whether oneDNN multiplies matrices of these shapes and strides clearly faster.
+
+    Args:
+        a: ``(m, k)``, of which shape and strides are read.
+        b: ``(k, n)``, likewise.
+        bias: Whether ``(n,)`` is added.
+    """
+    key = (*a.shape, *b.shape, *a.stride(), *b.stride(), bias, torch.get_num_threads())
+    if key not in _faster:
+        left, right = (
+            torch.empty_strided(tuple(t.shape), t.stride()).fill_(0.5) for t in (a, b)
+        )
+        offset = torch.zeros(b.shape[1]) if bias else None
+        one_dnn = torch.ops.mkldnn._linear_pointwise
+
+        def default() -> Tensor:
+            return left @ right if offset is None else torch.addmm(offset, left, right)
+
+        def other() -> Tensor:
+            product: Tensor = one_dnn(left, right.t(), offset, "none", [], "")
+            return product
+
+        _faster[key] = _race(other, default) < _WORTHWHILE
+    return _faster[key]
+
+
+def _race(one: Any, other: Any) -> float:
+    """The least time of the one over that of the other, taken in turns."""
+    with torch.no_grad():
+        one(), other()
+        best = [float("inf"), float("inf")]
+        began = time.perf_counter()
+        for _ in range(_MOST_ROUNDS):
+            for index, run in enumerate((one, other)):
+                start = time.perf_counter()
+                run()
+                best[index] = min(best[index], time.perf_counter() - start)
+            if time.perf_counter() - began > _SECONDS:
+                break
+    return best[0] / best[1]

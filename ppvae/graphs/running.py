@@ -1,0 +1,122 @@
+"""Ways to run a graph: replayed operation by operation, compiled, as one launch on a GPU."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ppvae.graphs.capturing import Graph
+from ppvae.graphs.products import with_fastest_products
+
+Runner = Callable[..., Sequence[Tensor]]
+"""Takes the inputs of a graph, and returns its outputs, without gradients."""
+
+
+class CompileError(Exception):
+    """The compiler did not take a graph, or is not there."""
+
+
+def replayed(graph: Graph) -> Runner:
+    """Run the operations one by one, without the Python that made them."""
+    forward, held = graph.module.forward, graph.held
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            out: Sequence[Tensor] = forward(*inputs, *held)
+        return out
+
+    return run
+
+
+def compiled(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Runner, int]:
+    """Compile a graph by torch's Inductor.
+
+    Random numbers are drawn by torch's own generators, in the same order as without compilation.
+
+    Args:
+        graph: What to compile.
+        inputs: Inputs as it will be called with.
+
+    Returns:
+        What runs it, and how many of its matrix products go to oneDNN.
+
+    Raises:
+        CompileError: If there is no compiler, or it fails.
+    """
+    held = graph.held
+    with _undisturbed(inputs, held):
+        try:
+            from torch import _inductor
+
+            module, products = with_fastest_products(graph.module)
+            call = _inductor.compile(module, [*inputs, *held], options={"fallback_random": True})
+        except Exception as error:
+            said = str(error).strip().splitlines()
+            raise CompileError(f"{type(error).__name__}: {said[0] if said else ''}") from error
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            out: Sequence[Tensor] = call(*inputs, *held)
+        return out
+
+    return run, products
+
+
+def cuda_graph(runner: Runner, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> Runner:
+    """Record what a runner does on a CUDA device, and replay it with a single launch.
+
+    Args:
+        runner: A runner that does not wait for the device.
+        inputs: Inputs as it will be called with.
+        held: What it may change, which is put back after the runs that warm it up.
+
+    Raises:
+        CompileError: If something in it cannot be recorded.
+    """
+    fixed = [tensor.clone() for tensor in inputs]
+    kept = [tensor.detach().clone() for tensor in held]
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with _undisturbed(inputs, held):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    runner(*fixed)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                outputs = runner(*fixed)
+    except RuntimeError as error:
+        raise CompileError(f"no CUDA graph: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(held, kept, strict=True):
+                tensor.copy_(value)
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            for own, given in zip(fixed, inputs, strict=True):
+                own.copy_(given, non_blocking=True)
+            graph.replay()
+            return [out.clone() for out in outputs]
+
+    return run
+
+
+@contextmanager
+def _undisturbed(*tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the random generators as they are, and the compiler's remarks to itself."""
+    devices = {t.device.index or 0 for group in tensors for t in group if t.device.type == "cuda"}
+    level = logging.root.manager.disable
+    with torch.random.fork_rng(devices=sorted(devices)), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
