@@ -28,6 +28,7 @@ from ppvae.adversarial import AdversarialFit, fit_adversarial
 from ppvae.alternating import Alternation, fit_alternating
 from ppvae.classification import classify
 from ppvae.comparison import compare
+from ppvae.compiled import SVI, CompileReport, CompileWarning
 from ppvae.density import log_joint, log_weights
 from ppvae.evidence import Estimate, elbo, enumeration, iwae, quadrature
 from ppvae.explanation import Explanation, explain
@@ -43,10 +44,13 @@ from ppvae.training import Fit, fit
 __version__ = version("ppvae")
 
 __all__ = [
+    "SVI",
     "AdversarialFit",
     "Alternation",
     "Amortized",
     "Comparison",
+    "CompileReport",
+    "CompileWarning",
     "Estimate",
     "Explanation",
     "Fit",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -14,6 +15,10 @@ from pyro.infer import ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ppvae.compiled.captured import Job
+from ppvae.compiled.reporting import CompileReport
+from ppvae.compiled.stepping import Mode, Stepper, Work
+from ppvae.compiled.updates import AdamUpdate, RowAdam, Update, Updates
 from ppvae.density import (
     Program,
     check_pair,
@@ -22,6 +27,7 @@ from ppvae.density import (
     read_model,
     shared_latents,
 )
+from ppvae.graphs import NotCapturableError, Watch
 from ppvae.guides import Amortized, PerDatapoint
 from ppvae.isolation import (
     check_rows,
@@ -30,9 +36,10 @@ from ppvae.isolation import (
     forked_rng,
     modules_of,
     private_store,
+    reachable,
     seconds_now,
 )
-from ppvae.objectives import BetaELBO
+from ppvae.objectives import BetaELBO, Objective
 
 # A diverged run goes back to the last state kept; one is kept this often, in steps.
 _KEEP_EVERY = 100
@@ -51,6 +58,7 @@ class Fit:
         completed: Whether all steps were taken with finite losses.
         steps: Number of steps taken.
         batch_size: Rows per step.
+        compile_report: Which way the steps ran, and why.
     """
 
     losses: Tensor
@@ -60,6 +68,7 @@ class Fit:
     completed: bool
     steps: int
     batch_size: int
+    compile_report: CompileReport = field(default_factory=CompileReport, repr=False)
 
     def __repr__(self) -> str:
         tail = self.losses[-max(1, len(self.losses) // 10) :]
@@ -68,36 +77,6 @@ class Fit:
             f"Fit({self.status}; loss over the last tenth {last} nats a datum, "
             f"{self.seconds:.1f} s)"
         )
-
-
-class RowAdam:
-    """Adam on a table, for the rows of a minibatch alone (Kingma & Ba 2015).
-
-    Torch's Adam moves every row at every step through its moments, the rows that are not in the
-    minibatch too. Here a row's parameters, moments and step count change only with the row.
-
-    Args:
-        weight: The table, ``(num_data, num_params)``.
-        lr: Learning rate.
-    """
-
-    def __init__(self, weight: nn.Parameter, lr: float) -> None:
-        self.weight, self.lr = weight, lr
-        self.first = torch.zeros_like(weight)
-        self.second = torch.zeros_like(weight)
-        self.count = torch.zeros(len(weight), 1, dtype=weight.dtype, device=weight.device)
-
-    @torch.no_grad()
-    def step(self, rows: Tensor) -> None:
-        """Update these rows from ``weight.grad``."""
-        assert self.weight.grad is not None
-        gradient = self.weight.grad[rows]
-        self.count[rows] += 1
-        self.first[rows] = 0.9 * self.first[rows] + 0.1 * gradient
-        self.second[rows] = 0.999 * self.second[rows] + 0.001 * gradient**2
-        mean = self.first[rows] / (1 - 0.9 ** self.count[rows])
-        scale = (self.second[rows] / (1 - 0.999 ** self.count[rows])).sqrt() + 1e-8
-        self.weight[rows] -= self.lr * mean / scale
 
 
 Batches = Iterator[tuple[Tensor, Tensor | None]]
@@ -115,7 +94,7 @@ def fit(
     lr: float = 1e-3,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    compile: bool | Literal["auto"] = "auto",
+    compile: Mode = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> Fit:
@@ -148,7 +127,9 @@ def fit(
         lr: Adam's learning rate.
         device: Where to train; where the modules are, if left out.
         dtype: Floating point type to train in; that of the modules, if left out.
-        compile: ``"auto"`` and ``False`` run eagerly; this version has no compiled step.
+        compile: Whether a step runs as one graph, as in `ppvae.SVI`: `True` from the second
+            on, compiled; ``"auto"`` once the steps to come pay for it; `False` never. The result
+            is the same, to rounding.
         seed: Seed of the order of the rows and of the draws.
         progress: Whether to show a progress bar.
 
@@ -171,8 +152,8 @@ def fit(
             raise ValueError(f"{name} must be at least 1; got {value}.")
     if not lr > 0:
         raise ValueError(f"lr must be positive; got {lr}.")
-    if compile is True:
-        raise ValueError("compile=True: this version has no compiled step; use compile='auto'.")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
     modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
     for module in modules:
         module.to(device=device, dtype=dtype)
@@ -191,7 +172,7 @@ def fit(
                 check_pair(model, guide, first)
                 _check_families(model, guide, first)
             loss = _default_loss(guide, first) if loss is None else loss
-        run = Run(model, guide, loss, lr, num_data)
+        run = Run(model, guide, loss, lr, num_data, compile)
         status, completed = run.train(_chain(first, rows, batches), steps, progress)
     return Fit(
         losses=torch.tensor(run.losses),
@@ -201,6 +182,7 @@ def fit(
         completed=completed,
         steps=len(run.losses),
         batch_size=len(first),
+        compile_report=run.report,
     )
 
 
@@ -322,7 +304,11 @@ def _loader_batches(
             raise ValueError("x is a DataLoader without batches: expected at least one.")
 
 
-class Run:
+class _DivergedError(Exception):
+    """A loss or a gradient is no longer a finite number."""
+
+
+class Run(Work):
     """The state of a training run.
 
     Args:
@@ -331,18 +317,28 @@ class Run:
         loss: A Pyro ELBO object.
         lr: Adam's learning rate.
         num_data: Number of all rows where latents are shared by them, `None` elsewhere.
+        compile: Whether steps are compiled, as in `fit`.
     """
 
     def __init__(
-        self, model: Program, guide: Program, loss: ELBO, lr: float, num_data: int | None = None
+        self,
+        model: Program,
+        guide: Program,
+        loss: ELBO,
+        lr: float,
+        num_data: int | None = None,
+        compile: Mode = "auto",
     ) -> None:
+        super().__init__()
         self.model, self.guide, self.loss, self.lr = model, guide, loss, lr
         # A minibatch's loss is then an estimate of that of all data.
         self.num_data = num_data
+        self.compile: Mode = compile
         self.losses: list[float] = []
         self.clock: list[float] = []
-        self.params: list[Tensor] = []
-        self.optimizers: list[Callable[[Tensor | None], Any]] = []
+        self.report = CompileReport()
+        self.tables: list[RowAdam] = []
+        self.adam: torch.optim.Adam | None = None
         self.good: list[Tensor] = []
         self.kept = 0
 
@@ -351,26 +347,56 @@ class Run:
         from tqdm.auto import tqdm
 
         bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step", leave=False)
+        stepper = Stepper(self, self.compile, steps)
+        waiting: list[Tensor] = []
         try:
             for step in range(steps):
-                value = self._guarded(*next(batches))
-                if value is None:
-                    self._put(self.good)
-                    return f"diverged at step {step + 1}: {self._advice()}", False
                 if step % _KEEP_EVERY == 0:
-                    bar.set_postfix(loss=f"{value:.3f}")
+                    self._note(waiting)
+                    before = self._state()
+                x, rows = next(batches)
+                waiting.append(self._guarded(stepper, x, rows))
+                if x.device.type == "cpu":
+                    self._note(waiting)
+                if step % _KEEP_EVERY == 0:
+                    self._note(waiting)
+                    # Known to be good only now, that their loss is finite.
+                    self.good, self.kept = before or self.good, step
+                    bar.set_postfix(loss=f"{self.losses[-1]:.3f}")
                 bar.update()
+            self._note(waiting)
             # No later loss has judged the last update.
             if not all(bool(torch.isfinite(p).all()) for p in self.params):
-                self._put(self.good)
-                return f"diverged at step {steps}: {self._advice()}", False
+                raise _DivergedError
+        except _DivergedError:
+            self._put(self.good)
+            at = min(len(self.losses) + 1, steps)
+            return f"diverged at step {at}: {self._advice()}", False
         except KeyboardInterrupt:
             return f"interrupted after {len(self.losses)} of {steps} steps", False
         finally:
             bar.close()
+            self.report = stepper.report()
             for param in self.params:
                 param.grad = None
         return f"completed {steps} steps", True
+
+    def _note(self, waiting: list[Tensor]) -> None:
+        """Read the losses of steps that have been launched.
+
+        Raises:
+            _DivergedError: If one is not finite.
+        """
+        if not waiting:
+            return
+        values = [float(waiting[0])] if len(waiting) == 1 else torch.stack(waiting).tolist()
+        waiting.clear()
+        now = seconds_now()
+        for value in values:
+            if not math.isfinite(value):
+                raise _DivergedError
+            self.losses.append(value)
+            self.clock.append(now)
 
     def _advice(self) -> str:
         return (
@@ -384,19 +410,19 @@ class Run:
         return [*self.params, *buffers.values()]
 
     def _state(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in self._tensors()]
+        return [tensor.detach().clone() for tensor in self._tensors()] if self.params else []
 
     def _put(self, values: list[Tensor]) -> None:
         with torch.no_grad():
             for tensor, value in zip(self._tensors(), values, strict=True):
                 tensor.copy_(value)
 
-    def _guarded(self, x: Tensor, rows: Tensor | None) -> float | None:
-        """A step; `None` too where parameters went where Pyro refuses their distributions."""
+    def _guarded(self, stepper: Stepper, x: Tensor, rows: Tensor | None) -> Tensor:
+        """A step; diverged too where parameters went where Pyro refuses their distributions."""
         try:
-            return self._step(x, rows)
+            return stepper(x, rows)[0]
         except ValueError:
-            if not self.losses:
+            if not self.good:
                 raise
             reached = self._state()
             self._put(self.good)
@@ -406,35 +432,75 @@ class Run:
             except ValueError:
                 self._put(reached)  # Refused with good parameters too: the rows are at fault.
                 raise
-            return None
+            raise _DivergedError from None
 
-    def _step(self, x: Tensor, rows: Tensor | None) -> float | None:
-        """One step; `None`, and nothing changed, if its loss or gradient is not finite."""
+    def _loss_and_grads(self, x: Tensor, rows: Tensor | None) -> Any:
+        for table in self.tables:
+            table.rows = self._all_rows(table) if rows is None else rows
+        with _on_rows(self.guide, rows):
+            out = self.loss.loss_and_grads(self.model, self.guide, x)
+        # Wake-sleep has two losses: that of the model is a bound.
+        return out[0] if isinstance(out, tuple) else out
+
+    @staticmethod
+    def _all_rows(table: RowAdam) -> Tensor:
+        return torch.arange(len(table.weight), device=table.weight.device)
+
+    def _per(self, x: Tensor) -> float:
+        return float(len(x) if self.num_data is None else self.num_data)
+
+    def eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """A step as Pyro takes it.
+
+        Raises:
+            ValueError: What Pyro says of unfit rows; or if nothing is there to train.
+            _DivergedError: If its loss or gradient is not finite; nothing is changed then.
+        """
+        x, rows = args
+        if not self.params:
+            with _on_rows(self.guide, rows):
+                self._collect(x)
         for param in self.params:
             param.grad = None
-        count = len(x) if self.num_data is None else self.num_data
-        with _on_rows(self.guide, rows):
-            if not self.params:
-                self._collect(x)
-            total = self.loss.loss_and_grads(self.model, self.guide, x)
-        # Wake-sleep has two losses: that of the model is a bound.
-        total = (total[0] if isinstance(total, tuple) else total) / count
+        total = torch.as_tensor(self._loss_and_grads(x, rows)) / self._per(x)
         gradients = [p.grad for p in self.params if p.grad is not None]
         if not gradients:
             raise ValueError("Nothing to train: no parameter of model or guide has a gradient.")
         norm = sum(g.square().sum() for g in gradients)
-        if not bool(torch.isfinite(torch.as_tensor(norm + total))):
-            return None
-        if len(self.losses) % _KEEP_EVERY == 0:
-            # Known to be good only now, that their loss and gradient are finite.
-            self.good = self._state()
-            self.kept = len(self.losses)
-        self.losses.append(float(total))
-        torch._foreach_div_(gradients, float(count))
-        self.clock.append(seconds_now())
-        for update in self.optimizers:
-            update(rows)
-        return float(total)
+        if not bool(torch.isfinite(norm + total.to(gradients[0]))):
+            raise _DivergedError
+        torch._foreach_div_(gradients, self._per(x))
+        for table in self.tables:
+            table.step(table.rows)
+        if self.adam is not None:
+            self.adam.step()
+        return [total.detach()]
+
+    def job(self, params: Sequence[Tensor]) -> Job:
+        """The parts of that step."""
+        if "Jit" in type(self.loss).__name__:
+            raise NotCapturableError(f"{type(self.loss).__name__} makes a graph of its own")
+        numbers = {id(p): at for at, p in enumerate(params)}
+        parts: list[tuple[list[int], Update]] = [([numbers[id(t.weight)]], t) for t in self.tables]
+        others = [p for p in params if not any(p is t.weight for t in self.tables)]
+        if self.adam is not None:
+            trained = [p for p in others if self.adam.state.get(p)]
+            own = [numbers[id(p)] for p in trained]
+            parts.append((own, AdamUpdate(trained, [self.adam] * len(trained))))
+        update = Updates(parts)
+        watch = Watch(
+            reachable(self.model, self.guide, self.loss),
+            update.places,
+            ignoring=("_rows", *Objective.counters),
+        )
+        return Job(
+            loss=self.loss,
+            loss_and_grads=self._loss_and_grads,
+            params=params,
+            update=update,
+            per=self._per,
+            watch=watch,
+        )
 
     def _collect(self, x: Tensor) -> None:
         """Find all parameters, as Pyro's own SVI does, and give each an optimizer."""
@@ -449,14 +515,9 @@ class Run:
         unique = {id(p): p for p in found if p.requires_grad and p.is_leaf}
         self.params = list(unique.values())
         self.good = self._state()
-        tables: list[nn.Parameter] = []
         owner = _table_of(self.guide)
-        if owner is not None:
-            tables = [owner.table(site).weight for site in owner.families]
-        for table in tables:
-            if table.requires_grad:
-                self.optimizers.append(RowAdam(table, self.lr).step)  # type: ignore[arg-type]
-        others = [p for p in self.params if not any(p is t for t in tables)]
+        weights = [] if owner is None else [owner.table(site).weight for site in owner.families]
+        self.tables = [RowAdam(weight, self.lr) for weight in weights if weight.requires_grad]
+        others = [p for p in self.params if not any(p is weight for weight in weights)]
         if others:
-            adam = torch.optim.Adam(others, lr=self.lr)
-            self.optimizers.append(lambda _: adam.step())
+            self.adam = torch.optim.Adam(others, lr=self.lr)

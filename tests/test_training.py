@@ -240,7 +240,7 @@ def test_progress_can_be_turned_off(capsys):
         ({"steps": 0}, ["steps", "0"]),
         ({"batch_size": 0}, ["batch_size", "0"]),
         ({"lr": -1.0}, ["lr", "positive"]),
-        ({"compile": True}, ["compile"]),
+        ({"compile": "always"}, ["compile", "auto", "always"]),
         ({"loss": Trace_ELBO}, ["loss", "Trace_ELBO is a class", "Trace_ELBO(...)"]),
         ({"loss": "iwae"}, ["loss", "ppvae.objectives", "'iwae'"]),
         ({"x": []}, ["without items"]),

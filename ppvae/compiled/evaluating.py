@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,8 +49,7 @@ def loss_and_gradients(
             root, list(params), allow_unused=True, retain_graph=at + 1 < len(roots.found)
         )
         total = [
-            b if a is None else a if b is None else a + b
-            for a, b in zip(total, found, strict=True)
+            b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)
         ]
     return losses, total
 
@@ -82,7 +82,7 @@ def capturable() -> Iterator[None]:
     known = set(before["params"])
     looks = pyro.util.torch_isnan
     with unvalidated():
-        pyro.util.torch_isnan = _is_nan  # type: ignore[assignment]
+        pyro.util.torch_isnan = _is_nan
         try:
             yield
         finally:
@@ -92,7 +92,7 @@ def capturable() -> Iterator[None]:
 
 
 def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and value != value
+    return isinstance(value, float) and math.isnan(value)
 
 
 class Supported(Messenger):

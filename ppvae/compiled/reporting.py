@@ -51,7 +51,11 @@ class Signature:
     def __str__(self) -> str:
         lines = [f"{self.arguments}: {self.tier}. {self.why}"]
         for tier, count in self.steps.items():
-            each = f", {self.step_seconds[tier] * 1e6:,.0f} µs each" if tier in self.step_seconds else ""
+            each = (
+                f", {self.step_seconds[tier] * 1e6:,.0f} µs each"
+                if tier in self.step_seconds
+                else ""
+            )
             lines.append(f"  {tier}: {count} steps{each}")
         if self.operations:
             spent = f"capturing {self.capture_seconds:.2g} s"
@@ -73,7 +77,7 @@ class CompileReport:
         signatures: One for each.
     """
 
-    signatures: tuple[Signature, ...]
+    signatures: tuple[Signature, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.signatures)) or "no step was taken"

@@ -14,11 +14,13 @@ from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from ppvae.compiled.captured import Job
 from ppvae.compiled.reporting import CompileReport
-from ppvae.compiled.stepping import Job, Mode, Stepper, Work
+from ppvae.compiled.stepping import Mode, Stepper, Work
 from ppvae.compiled.updates import AdamUpdate
-from ppvae.graphs import NotCapturable, Watch
+from ppvae.graphs import NotCapturableError, Watch
 from ppvae.isolation import reachable
+from ppvae.objectives import Objective
 
 
 class SVI(pyro.infer.SVI):
@@ -91,7 +93,7 @@ class SVI(pyro.infer.SVI):
             The loss before the step, a tensor without dimensions, which waits for the device only
             when its number is asked for; a tuple of two for `ReweightedWakeSleep`.
         """
-        losses = self._stepper(args, kwargs)
+        losses = self._stepper(*args, **kwargs)
         return losses[0] if len(losses) == 1 else tuple(losses)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
@@ -131,7 +133,7 @@ class _Step(Work):
         """The parts of that step."""
         svi, optim = self._svi, self._svi.optim
         if "Jit" in type(self._loss).__name__:
-            raise NotCapturable(f"{type(self._loss).__name__} makes a graph of its own")
+            raise NotCapturableError(f"{type(self._loss).__name__} makes a graph of its own")
         optimizers = [_behind(optim.optim_objs.get(p)) for p in params]
         clipped = any(optim.grad_clip.get(p) is not None for p in params)
         refused = clipped or any(
@@ -141,7 +143,7 @@ class _Step(Work):
         watch = Watch(
             [*reachable(svi.model, svi.guide, self._loss)],
             [] if update is None else update.places,
-            ignoring=("steps_taken", "_given"),
+            ignoring=Objective.counters,
         )
 
         def outside(gradients: Sequence[Tensor | None]) -> None:
@@ -159,7 +161,7 @@ class _Step(Work):
             loss_and_grads=loss_and_grads,
             params=params,
             update=update,
-            per=1.0,
+            per=None,
             watch=watch,
             finish=outside if update is None else None,
         )

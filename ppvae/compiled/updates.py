@@ -59,8 +59,8 @@ class AdamUpdate(Update):
         self._params, self._optimizers = list(params), list(optimizers)
         self._groups = [_group_of(o, p) for o, p in zip(optimizers, params, strict=True)]
         self._states = [o.state[p] for o, p in zip(optimizers, params, strict=True)]
-        # A view of a number in memory, which is read without a call of torch.
-        self._steps = [state["step"].numpy() for state in self._states]
+        # Views of numbers in memory, which are read and written without a call of torch.
+        self._steps = [memoryview(state["step"].numpy()) for state in self._states]
 
     @staticmethod
     def refusal(param: Tensor, optimizer: Any) -> str | None:
@@ -93,7 +93,7 @@ class AdamUpdate(Update):
         """For each parameter −lr/(1 − β₁ᵗ) and the root of 1 − β₂ᵗ."""
         out: list[float] = []
         for group, step in zip(self._groups, self._steps, strict=True):
-            count = float(step) + 1
+            count = step[()] + 1
             first, second = group["betas"]
             out += [-group["lr"] / (1 - first**count), (1 - second**count) ** 0.5]
         return out
@@ -117,7 +117,7 @@ class AdamUpdate(Update):
         """Count a step of the parameters that had a gradient."""
         for step, had in zip(self._steps, has, strict=True):
             if had:
-                step += 1
+                step[()] = step[()] + 1
 
     def gradients(self, before: Mapping[int, Tensor], has: Sequence[bool]) -> list[Tensor]:
         """From the change of the first moment."""
@@ -127,6 +127,110 @@ class AdamUpdate(Update):
                 moment, first = state["exp_avg"], group["betas"][0]
                 out.append((moment - first * before[id(moment)]) / (1 - first))
         return out
+
+
+class RowAdam(Update):
+    """Adam on a table, for the rows of a minibatch alone (Kingma & Ba 2015).
+
+    Torch's Adam moves every row at every step through its moments, the rows that are not in the
+    minibatch too. Here a row's parameters, moments and step count change only with the row.
+
+    Args:
+        weight: The table, ``(num_data, num_params)``.
+        lr: Learning rate.
+
+    Attributes:
+        rows: Which rows the gradient of the current step is about.
+    """
+
+    def __init__(self, weight: Tensor, lr: float) -> None:
+        self.weight, self.lr = weight, lr
+        self.first = torch.zeros_like(weight)
+        self.second = torch.zeros_like(weight)
+        self._count = torch.zeros(len(weight), 1, dtype=weight.dtype, device=weight.device)
+        self.rows = torch.zeros(0, dtype=torch.long, device=weight.device)
+
+    def step(self, rows: Tensor) -> None:
+        """Update these rows from ``weight.grad``."""
+        self.rows = rows
+        go = torch.ones((), dtype=torch.bool, device=self.weight.device)
+        with torch.no_grad():
+            self.apply([self.weight.grad], self.weight.new_zeros(1), go)
+
+    @property
+    def places(self) -> list[tuple[Mapping[Any, Any], Any]]:
+        """The learning rate and the moments."""
+        return [(vars(self), key) for key in ("weight", "lr", "first", "second", "_count")]
+
+    def numbers(self) -> list[float]:
+        """None: the rows have counts of their own."""
+        return []
+
+    def apply(self, gradients: Sequence[Tensor | None], numbers: Tensor, go: Tensor) -> None:
+        """Change the rows alone."""
+        (gradient,), rows = gradients, self.rows
+        assert gradient is not None
+        gradient, one = torch.where(go, gradient[rows], 0.0), go.to(gradient.dtype)
+        count = self._count[rows] + one
+        first = (1 - 0.1 * one) * self.first[rows] + 0.1 * gradient
+        second = (1 - 0.001 * one) * self.second[rows] + 0.001 * gradient**2
+        # A row that never went has a count of 0.
+        past = count.clamp(min=1)
+        scale = (second / (1 - 0.999**past)).sqrt() + 1e-8
+        move = one * self.lr * first / (1 - 0.9**past) / scale
+        self._count[rows], self.first[rows], self.second[rows] = count, first, second
+        self.weight[rows] = self.weight[rows] - move
+
+    def count(self, has: Sequence[bool]) -> None:
+        """Nothing: rows count themselves."""
+
+    def gradients(self, before: Mapping[int, Tensor], has: Sequence[bool]) -> list[Tensor]:
+        """From the change of the first moment."""
+        out = torch.zeros_like(self.weight)
+        known = before[id(self.first)]
+        out[self.rows] = (self.first[self.rows] - 0.9 * known[self.rows]) / 0.1
+        return [out.detach()]
+
+
+class Updates(Update):
+    """Several updates, one after the other.
+
+    Args:
+        parts: Each with the numbers of its parameters among all.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[int], Update]]) -> None:
+        self._parts = parts
+
+    @property
+    def places(self) -> list[tuple[Mapping[Any, Any], Any]]:
+        """Those of the parts."""
+        return [place for _, part in self._parts for place in part.places]
+
+    def numbers(self) -> list[float]:
+        """Those of the parts."""
+        return [number for _, part in self._parts for number in part.numbers()]
+
+    def apply(self, gradients: Sequence[Tensor | None], numbers: Tensor, go: Tensor) -> None:
+        """Each part's."""
+        at = 0
+        for own, part in self._parts:
+            part.apply([gradients[i] for i in own], numbers[at:], go)
+            at += len(part.numbers())
+
+    def count(self, has: Sequence[bool]) -> None:
+        """Each part's."""
+        for own, part in self._parts:
+            part.count([has[i] for i in own])
+
+    def gradients(self, before: Mapping[int, Tensor], has: Sequence[bool]) -> list[Tensor]:
+        """Those of the parts, in the order of the parameters."""
+        found: dict[int, Tensor] = {}
+        for own, part in self._parts:
+            with_one = [i for i in own if has[i]]
+            values = part.gradients(before, [has[i] for i in own])
+            found.update(zip(with_one, values, strict=True))
+        return [found[i] for i in sorted(found)]
 
 
 def _group_of(optimizer: Any, param: Tensor) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Nothing here knows of Pyro. What runs a pair enters here as a function of tensors.
 """
 
-from ppvae.graphs.capturing import Graph, NotCapturable, capture, capturing
+from ppvae.graphs.capturing import Graph, NotCapturableError, capture, capturing
 from ppvae.graphs.checking import far_apart
 from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, replayed
 from ppvae.graphs.watching import Watch
@@ -11,7 +11,7 @@ from ppvae.graphs.watching import Watch
 __all__ = [
     "CompileError",
     "Graph",
-    "NotCapturable",
+    "NotCapturableError",
     "Runner",
     "Watch",
     "capture",

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 
-class NotCapturable(Exception):
+class NotCapturableError(Exception):
     """A function whose run does not consist of the same torch operations each time."""
 
 
@@ -45,12 +45,13 @@ class Graph:
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
 
-_active = False
+class _State:
+    active = False
 
 
 def capturing() -> bool:
     """Whether a function is being captured: checks of values are then for others to make."""
-    return _active
+    return _State.active
 
 
 def capture(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
@@ -64,26 +65,28 @@ def capture(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
         inputs: Tensors of the shapes, strides, dtypes and devices that it will be called with.
 
     Raises:
-        NotCapturable: If its operations depend on the values of tensors, or on what is not a
+        NotCapturableError: If its operations depend on the values of tensors, or on what is not a
             tensor and changes from call to call.
     """
     state = _python_random()
     one = _lifted(_traced(function, inputs), len(inputs))
     if _python_random() != state:
-        raise NotCapturable(
+        raise NotCapturableError(
             "it draws from the random generators of Python or NumPy, whose draws a graph would "
             "freeze: draw with torch"
         )
     other = _lifted(_traced(function, inputs), len(inputs))
     if one.module.code != other.module.code:
-        raise NotCapturable("two runs of it consist of different operations")
+        raise NotCapturableError("two runs of it consist of different operations")
     if not all(_same(a, b) for a, b in zip(one.held, other.held, strict=True)):
-        raise NotCapturable("it uses tensors made outside of torch that differ from run to run")
+        raise NotCapturableError(
+            "it uses tensors made outside of torch that differ from run to run"
+        )
     return one
 
 
 def _python_random() -> tuple[Any, ...]:
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
 
@@ -91,26 +94,25 @@ def _same(one: Tensor, other: Tensor) -> bool:
     if one is other:
         return True
     alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-    return alike and bool(((one == other) | ((one != one) & (other != other))).all())
+    return alike and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    global _active
-    if _active:
-        raise NotCapturable("it captures a function itself")
-    _active = True
+    if _State.active:
+        raise NotCapturableError("it captures a function itself")
+    _State.active = True
     try:
         with _Values(), _quiet():
             return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-    except NotCapturable:
+    except NotCapturableError:
         raise
     except Exception as error:
         # Torch raises a dozen kinds, some private, for what hangs on the value of a tensor.
-        raise NotCapturable(_reason(error)) from error
+        raise NotCapturableError(_reason(error)) from error
     finally:
-        _active = False
+        _State.active = False
 
 
 def _reason(error: Exception) -> str:
@@ -147,14 +149,12 @@ class _Values(TorchFunctionMode):
     _lost = ("numpy", "tolist", "__array__", "data_ptr")
     _numbers = ("__bool__", "__float__", "__int__", "__index__", "__complex__")
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if func is Tensor.item:
             return args[0].detach()
         if name in self._lost and args and isinstance(args[0], Tensor):
-            raise NotCapturable(
+            raise NotCapturableError(
                 f"it takes a tensor out of torch with .{name}(), whose values a graph would freeze"
             )
         if name in self._numbers and isinstance(args[0], Tensor):

@@ -29,7 +29,9 @@ def far_apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float | None:
     """
     pairs = [(a.detach(), b.detach()) for a, b in zip(one, other, strict=True)]
     finite = [
-        (torch.nan_to_num(a), torch.nan_to_num(b)) if a.is_floating_point() else (a.float(), b.float())
+        (torch.nan_to_num(a), torch.nan_to_num(b))
+        if a.is_floating_point()
+        else (a.float(), b.float())
         for a, b in pairs
     ]
     norms = [float(torch.linalg.vector_norm(a)) for a, _ in finite]

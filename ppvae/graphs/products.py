@@ -53,11 +53,10 @@ def _replaced(graph: fx.Graph, node: fx.Node) -> bool:
         bias, left, right = node.args
     else:
         return False
-    a, b = left.meta.get("val"), right.meta.get("val")  # type: ignore[union-attr]
-    c = None if bias is None else bias.meta.get("val")  # type: ignore[union-attr]
-    if not all(_is_plain(t) for t in (a, b)) or (c is not None and (not _is_plain(c) or c.dim() != 1)):
+    a, b, c = (_shape_of(part) for part in (left, right, bias))
+    if a is None or b is None or (bias is not None and (c is None or c.dim() != 1)):
         return False
-    if not onednn_is_faster(a, b, c is not None):
+    if not onednn_is_faster(a, b, bias is not None):
         return False
     with graph.inserting_before(node):
         weight = graph.call_function(aten.t.default, (right,))
@@ -70,13 +69,12 @@ def _replaced(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
-def _is_plain(tensor: Any) -> bool:
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
-        and 0 not in tensor.shape
-    )
+def _shape_of(node: Any) -> Tensor | None:
+    """The tensor without data that stands for a node, where oneDNN may take it."""
+    tensor = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(tensor, Tensor) or 0 in tensor.shape:
+        return None
+    return tensor if tensor.device.type == "cpu" and tensor.dtype == torch.float32 else None
 
 
 def onednn_is_faster(a: Tensor, b: Tensor, bias: bool) -> bool:
@@ -89,9 +87,7 @@ def onednn_is_faster(a: Tensor, b: Tensor, bias: bool) -> bool:
     """
     key = (*a.shape, *b.shape, *a.stride(), *b.stride(), bias, torch.get_num_threads())
     if key not in _faster:
-        left, right = (
-            torch.empty_strided(tuple(t.shape), t.stride()).fill_(0.5) for t in (a, b)
-        )
+        left, right = (torch.empty_strided(tuple(t.shape), t.stride()).fill_(0.5) for t in (a, b))
         offset = torch.zeros(b.shape[1]) if bias else None
         one_dnn = torch.ops.mkldnn._linear_pointwise
 

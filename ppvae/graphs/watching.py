@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from types import CellType, FunctionType
@@ -107,4 +108,4 @@ def _equal(one: Any, other: Any) -> bool:
         )
     if isinstance(one, Tensor) or one is _Missing:
         return False
-    return bool(one == other) or (one != one and other != other)
+    return bool(one == other) or (isinstance(one, float) and math.isnan(one) and math.isnan(other))

@@ -30,6 +30,8 @@ class Objective(ELBO):
         num_particles: Draws of the latents for every row.
     """
 
+    # Attributes that a step changes, and that say nothing of what it computes.
+    counters = ("steps_taken", "_given")
     # The fewest draws that make sense.
     _least = 1
 
