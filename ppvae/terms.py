@@ -31,6 +31,7 @@ from ppvae.density import (
     sample_sites,
     without_trace,
 )
+from ppvae.graphs import capturing
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,8 @@ class Drawn:
 
     def _check_repeats(self, again: list[Term]) -> None:
         """Refuse a guide with noise of its own, such as dropout: q is then another each time."""
+        if capturing():
+            return  # The eager step before has looked.
         for one, other in zip(self._own_terms, again, strict=True):
             before = one.log_prob.detach()
             change = (other.log_prob.detach() - before).abs().mean()

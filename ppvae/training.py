@@ -27,7 +27,7 @@ from ppvae.density import (
     read_model,
     shared_latents,
 )
-from ppvae.graphs import NotCapturableError, Watch
+from ppvae.graphs import Watch
 from ppvae.guides import Amortized, PerDatapoint
 from ppvae.isolation import (
     check_rows,
@@ -478,8 +478,6 @@ class Run(Work):
 
     def job(self, params: Sequence[Tensor]) -> Job:
         """The parts of that step."""
-        if "Jit" in type(self.loss).__name__:
-            raise NotCapturableError(f"{type(self.loss).__name__} makes a graph of its own")
         numbers = {id(p): at for at, p in enumerate(params)}
         parts: list[tuple[list[int], Update]] = [([numbers[id(t.weight)]], t) for t in self.tables]
         others = [p for p in params if not any(p is t.weight for t in self.tables)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from ppvae import graphs
@@ -71,6 +72,18 @@ class Job:
         return losses, gradients
 
 
+class UnsupportedObjectiveError(NotCapturableError):
+    """An objective of Pyro's that looks at values, whatever the pair is."""
+
+
+# Pyro's own that compute with the values or the history of draws in Python.
+_EAGER = {
+    TraceEnum_ELBO: "it looks for draws of probability 0",
+    TraceGraph_ELBO: "it follows draws that have no gradient through Python objects; "
+    "ppvae.objectives.ScoreFunctionELBO can be a graph",
+}
+
+
 class Captured:
     """The graph of a step, and what it needs to run.
 
@@ -110,7 +123,16 @@ class Captured:
                 job.update.apply(gradients, numbers, go)
             return [*losses, go]
 
-        self.graph: Graph = graphs.capture(function, self.inputs(tensors))
+        if "Jit" in type(job.loss).__name__:
+            said = f"{type(job.loss).__name__} makes a graph of its own"
+            raise UnsupportedObjectiveError(said)
+        try:
+            self.graph: Graph = graphs.capture(function, self.inputs(tensors))
+        except NotCapturableError as error:
+            for kind, why in _EAGER.items():
+                if isinstance(job.loss, kind):
+                    raise UnsupportedObjectiveError(f"{kind.__name__}: {why}") from error
+            raise
         name = job.watch.changed()
         if name is not None:
             raise NotCapturableError(f"{name} changes at every call, which a graph would freeze")

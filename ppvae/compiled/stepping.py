@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ppvae import graphs
-from ppvae.compiled.captured import Arguments, Captured, Job
+from ppvae.compiled.captured import Arguments, Captured, Job, UnsupportedObjectiveError
 from ppvae.compiled.reporting import CompileReport, CompileWarning, Signature
 from ppvae.graphs import CompileError, NotCapturableError, Runner
 from ppvae.objectives import Objective
@@ -210,7 +210,9 @@ class Stepper:
                 )
             except NotCapturableError as reason:
                 plan.leave_eager(f"No graph of this step: {reason}.")
-                self._warn(plan.why)
+                # Of an objective that is always eager, only who asked for a graph has to hear.
+                if self._mode is True or not isinstance(reason, UnsupportedObjectiveError):
+                    self._warn(plan.why)
             plan.capture_seconds += time.perf_counter() - began
         if plan.runner is not None and not plan.final and self._pays(plan, plan.tier):
             began = time.perf_counter()

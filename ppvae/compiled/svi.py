@@ -18,7 +18,7 @@ from ppvae.compiled.captured import Job
 from ppvae.compiled.reporting import CompileReport
 from ppvae.compiled.stepping import Mode, Stepper, Work
 from ppvae.compiled.updates import AdamUpdate
-from ppvae.graphs import NotCapturableError, Watch
+from ppvae.graphs import Watch
 from ppvae.isolation import reachable
 from ppvae.objectives import Objective
 
@@ -132,8 +132,6 @@ class _Step(Work):
     def job(self, params: Sequence[Tensor]) -> Job:
         """The parts of that step."""
         svi, optim = self._svi, self._svi.optim
-        if "Jit" in type(self._loss).__name__:
-            raise NotCapturableError(f"{type(self._loss).__name__} makes a graph of its own")
         optimizers = [_behind(optim.optim_objs.get(p)) for p in params]
         clipped = any(optim.grad_clip.get(p) is not None for p in params)
         refused = clipped or any(
