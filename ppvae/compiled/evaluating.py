@@ -106,6 +106,8 @@ class Supported(Messenger):
         fn = msg["fn"]
         if not msg["is_observed"] or not isinstance(fn, TorchDistributionMixin):
             return
+        if vars(fn).get("_validate_args") is False:
+            return  # Told so by the model, as one that scores grey pixels as Bernoulli is.
         try:
             inside = fn.support.check(msg["value"])
         except (NotImplementedError, AttributeError):
