@@ -18,7 +18,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 
-from speed.arena import Broken, Caches, Missing, Times, Worker, machine, race, say, write
+from speed.arena import BrokenError, Caches, MissingError, Times, Worker, machine, race, say, write
 
 REFERENCE = "hand-written, eager, Adam"
 ALL = ("vae", "toy")
@@ -101,10 +101,10 @@ def compared(losses: list[float], references: list[list[float]], block: int = 1)
     """
     mean = [statistics.fmean(column) for column in zip(*references, strict=True)]
     pairs = [a - b for a, b in zip(losses, mean, strict=True)]
+    if not all(math.isfinite(pair) for pair in pairs):
+        raise ValueError("a loss is not finite")
     means = [statistics.fmean(pairs[i : i + block]) for i in range(0, len(pairs), block)]
     error = statistics.stdev(means) / math.sqrt(len(means))
-    if not math.isfinite(error):
-        raise ValueError("a loss is not finite")
     if len(references) > 1:
         spread = statistics.stdev([statistics.fmean(each) for each in references])
         error = math.hypot(error, spread * math.sqrt(1 + 1 / len(references)))
@@ -152,7 +152,7 @@ class Study:
         try:
             _, first, _ = worker.call("begin")
             _, second, _ = worker.call("losses", 1)
-        except (Missing, Broken):
+        except (MissingError, BrokenError):
             worker.close()
             raise
         return worker, first + second
@@ -187,9 +187,9 @@ class Study:
                     row.note = row.worker.call("note")[0]
                     if not entry.compiles:
                         row.cold = None
-                except Missing as error:
+                except MissingError as error:
                     row.words = f"left out: {error}"
-                except (Broken, ValueError) as error:
+                except (BrokenError, ValueError) as error:
                     row.words = f"failed: {str(error).strip().splitlines()[-1]}"
                     row.broken = True
                     say(str(error))

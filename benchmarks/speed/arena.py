@@ -8,6 +8,7 @@ enough quiet ones.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import multiprocessing
@@ -29,11 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_FOREIGN = 0.15
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """A contestant cannot run here; the message says why, in words."""
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """A contestant failed; the message is its traceback."""
 
 
@@ -57,7 +58,7 @@ def _serve(pipe: Any, target: str, kwargs: dict[str, Any], threads: int) -> None
         module, name = target.split(":")
         contestant = getattr(importlib.import_module(f"speed.{module}"), name)(**kwargs)
         pipe.send(("done", None, 0.0, 0.0))
-    except Missing as error:
+    except MissingError as error:
         pipe.send(("missing", str(error), 0.0, 0.0))
         return
     except ModuleNotFoundError as error:
@@ -74,7 +75,7 @@ def _serve(pipe: Any, target: str, kwargs: dict[str, Any], threads: int) -> None
         busy, own, began = _busy_seconds(), time.process_time(), time.perf_counter()
         try:
             result = getattr(contestant, method)(*args)
-        except Missing as error:
+        except MissingError as error:
             pipe.send(("missing", str(error), 0.0, 0.0))
             continue
         except Exception:
@@ -96,8 +97,8 @@ class Worker:
         **kwargs: What the class is made with.
 
     Raises:
-        Missing: If it cannot run here.
-        Broken: If making it failed.
+        MissingError: If it cannot run here.
+        BrokenError: If making it failed.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Worker:
         theirs.close()
         try:
             self._answer()
-        except (Missing, Broken):
+        except (MissingError, BrokenError):
             self.close()
             raise
 
@@ -135,20 +136,18 @@ class Worker:
         try:
             kind, result, seconds, foreign = self._pipe.recv()
         except EOFError:
-            raise Broken("the worker process died") from None
+            raise BrokenError("the worker process died") from None
         if kind == "missing":
-            raise Missing(result)
+            raise MissingError(result)
         if kind == "broken":
-            raise Broken(result)
+            raise BrokenError(result)
         return result, seconds, foreign
 
     def close(self) -> None:
         """End the process."""
         if self._process.is_alive():
-            try:
+            with contextlib.suppress(OSError):
                 self._pipe.send(None)
-            except OSError:
-                pass
             self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.terminate()
@@ -193,7 +192,9 @@ class Times:
         return (high - low) / 2 / self.median
 
 
-def race(workers: dict[str, Worker], *, rounds: int, turn: float, seed: int = 0) -> dict[str, Times]:
+def race(
+    workers: dict[str, Worker], *, rounds: int, turn: float, seed: int = 0
+) -> dict[str, Times]:
     """Let all take ``rounds`` turns of about ``turn`` seconds each, in a new order every round.
 
     Returns:

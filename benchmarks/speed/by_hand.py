@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from speed.arena import Missing
-from speed.steps import Steps
 from torch import Tensor
+
+from speed.arena import MissingError
+from speed.steps import Steps
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 Loss = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -47,7 +49,7 @@ class ByHand(Steps):
         torch.manual_seed(1)
         self.loss = LOSSES[self.problem.kind]
         if self.device != "cpu" and not torch.cuda.is_available():
-            raise Missing("torch sees no GPU")
+            raise MissingError("torch sees no GPU")
 
     def batches(self) -> list[Tensor]:
         return [torch.tensor(x, device=self.device) for x in self.problem.batches]
@@ -97,7 +99,7 @@ class OneGraph(ByHand):
             import torch._inductor
             from torch.fx.experimental.proxy_tensor import make_fx
         except ImportError as error:
-            raise Missing(f"this torch cannot trace to one graph: {error}") from None
+            raise MissingError(f"this torch cannot trace to one graph: {error}") from None
         self.make_fx = make_fx
         self.compile = torch._inductor.compile
         self.replaced = (0, 0)
@@ -105,7 +107,7 @@ class OneGraph(ByHand):
         if self.options.get("products") and (
             self.device != "cpu" or not torch.backends.mkldnn.is_available()
         ):
-            raise Missing("oneDNN is for processors, and this is none that it serves")
+            raise MissingError("oneDNN is for processors, and this is none that it serves")
 
     def start(self, lr: float) -> None:
         first = self.first()
@@ -137,7 +139,9 @@ class OneGraph(ByHand):
     def trace(self, x: Tensor) -> Callable[..., Any]:
         """The graph of a step."""
         state = [t.clone() for t in self.state]
-        graph = self.make_fx(lambda *args: self.whole(*args))(state, x, self.rates)
+        # make_fx counts the arguments of a function, and of a method one too many.
+        whole = functools.partial(OneGraph.whole, self)
+        graph = self.make_fx(whole)(state, x, self.rates)
         if self.options.get("products"):
             self.replaced = faster_products(graph)
         if not self.options.get("inductor", True):
@@ -236,7 +240,7 @@ class CapturedGraph(Eager):
     def setup(self) -> None:
         super().setup()
         if self.device == "cpu":
-            raise Missing("a CUDA graph needs a GPU")
+            raise MissingError("a CUDA graph needs a GPU")
         if self.options.get("compiled"):
             self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
 

@@ -12,8 +12,9 @@ import pyro.distributions as dist
 import torch
 from pyro import infer
 from pyro.distributions import constraints
-from speed.frozen import LOSSES, Z_DIM, decode, tensors
 from torch import Tensor
+
+from speed.frozen import LOSSES, Z_DIM, decode, tensors
 
 
 class Fits:
@@ -153,5 +154,3 @@ class Ours(Fits):
     def fit_seconds(self) -> float:
         """Of the last fit, without the draws for the reported ELBO."""
         return self.seconds
-
-

@@ -12,6 +12,7 @@ import numpyro.distributions as dist
 from jax import lax
 from numpyro import infer
 from numpyro.distributions import constraints
+
 from speed.in_numpyro import on_device
 
 

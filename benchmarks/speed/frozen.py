@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from speed.arena import Missing
 from torch import Tensor
+
+from speed.arena import MissingError
 
 Z_DIM, HIDDEN = 20, 100
 
@@ -21,10 +22,10 @@ def tensors(path: str, device: str) -> dict[str, Tensor]:
     """The arrays of a file.
 
     Raises:
-        Missing: If the device is not there.
+        MissingError: If the device is not there.
     """
     if device != "cpu" and not torch.cuda.is_available():
-        raise Missing("torch sees no GPU")
+        raise MissingError("torch sees no GPU")
     with np.load(path) as held:
         return {name: torch.tensor(held[name], device=device) for name in held.files}
 
@@ -72,7 +73,7 @@ class Train:
         try:
             data = ppvae.data.load("digits").train
         except ImportError as error:
-            raise Missing(str(error)) from None
+            raise MissingError(str(error)) from None
         p = {}
         for name, given, out in (
             ("encoder.0", data.shape[1], HIDDEN),

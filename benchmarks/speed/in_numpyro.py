@@ -13,7 +13,8 @@ import numpyro.distributions as dist
 from jax import lax
 from numpyro import infer
 from numpyro.distributions import constraints
-from speed.arena import Missing
+
+from speed.arena import MissingError
 from speed.problems import Problem
 from speed.steps import Steps
 
@@ -72,13 +73,13 @@ def on_device(device: str) -> Any:
     """JAX's device for one of torch's names.
 
     Raises:
-        Missing: If this JAX has none.
+        MissingError: If this JAX has none.
     """
     kind = "cpu" if device == "cpu" else "gpu"
     try:
         return jax.devices(kind)[0]
     except RuntimeError:
-        raise Missing(f"this JAX has no {kind}") from None
+        raise MissingError(f"this JAX has no {kind}") from None
 
 
 class Step(Steps):

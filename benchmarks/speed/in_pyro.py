@@ -1,4 +1,4 @@
-"""Plain Pyro pairs, as a user writes them, under Pyro's own ways of running them, and under ours."""
+"""Plain Pyro pairs as users write them, under Pyro's ways of running them and under ours."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pyro.distributions as dist
 import torch
 from pyro import infer
 from pyro.distributions import constraints
-from speed.arena import Missing
+from torch import Tensor, nn
+
+from speed.arena import MissingError
 from speed.problems import Problem
 from speed.steps import Steps
-from torch import Tensor, nn
 
 Program = Callable[[Tensor], Any]
 
@@ -74,8 +75,8 @@ def toy_pair(problem: Problem, device: str) -> tuple[Program, Program]:
 
 PAIRS = {"vae": vae_pair, "toy": toy_pair}
 ELBOS = {
-    "trace": lambda: infer.Trace_ELBO(),
-    "mean_field": lambda: infer.TraceMeanField_ELBO(),
+    "trace": infer.Trace_ELBO,
+    "mean_field": infer.TraceMeanField_ELBO,
     "jit": lambda: infer.JitTrace_ELBO(ignore_jit_warnings=True),
 }
 
@@ -87,7 +88,7 @@ class InPyro(Steps):
         torch.manual_seed(1)
         warnings.simplefilter("ignore")
         if self.device != "cpu" and not torch.cuda.is_available():
-            raise Missing("torch sees no GPU")
+            raise MissingError("torch sees no GPU")
         pyro.enable_validation(self.options.get("validation", False))
 
     def batches(self) -> list[Tensor]:
@@ -168,7 +169,7 @@ class Ours(InPyro):
         import ppvae
 
         if not hasattr(ppvae, "SVI"):
-            raise Missing("this version of ppvae has no SVI")
+            raise MissingError("this version of ppvae has no SVI")
         self.kind = ppvae.SVI
 
     def begin_svi(self, lr: float) -> None:
@@ -186,5 +187,3 @@ class Ours(InPyro):
     def note(self) -> str:
         report = getattr(self.svi, "compile_report", None)
         return "" if report is None else " ".join(str(report()).split())
-
-

@@ -12,11 +12,12 @@ from pythae.models import VAE, VAEConfig
 from pythae.models.base.base_utils import ModelOutput
 from pythae.models.nn import BaseDecoder, BaseEncoder
 from pythae.trainers import BaseTrainer, BaseTrainerConfig
-from speed.arena import Missing
+from torch import Tensor
+
+from speed.arena import MissingError
 from speed.in_pyro import network
 from speed.problems import Problem
 from speed.steps import Steps
-from torch import Tensor
 
 
 class Encoder(BaseEncoder):
@@ -74,9 +75,9 @@ class Trainer(Steps):
         logging.disable(logging.INFO)
         torch.manual_seed(1)
         if self.problem.kind != "vae":
-            raise Missing("pythae has autoencoders alone")
+            raise MissingError("pythae has autoencoders alone")
         if self.device != "cpu" and not torch.cuda.is_available():
-            raise Missing("torch sees no GPU")
+            raise MissingError("torch sees no GPU")
         self.folder = tempfile.TemporaryDirectory()
 
     def batches(self) -> list[Any]:
