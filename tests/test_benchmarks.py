@@ -91,8 +91,9 @@ def test_one_graph_is_eager_adam(speed: Any) -> None:
     found = []
     for contestant in (eager, graph):
         torch.manual_seed(0)
-        found.append(contestant.losses(40))
-    assert found[0][0] - found[0][-1] > 1  # It learns.
+        found.append(contestant.losses(48))
+    # It learns: of 16 batches each, the last round is better than the first.
+    assert np.mean(found[0][:16]) - np.mean(found[0][-16:]) > 0.3
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
