@@ -177,7 +177,7 @@ class Ours(Pair):
 
 
 class Pythae(Evidence):
-    """pythae's `VAE.get_nll`, on the first ``options["rows"]`` rows."""
+    """pythae's `VAE.get_nll`, on the first ``options["rows"]`` rows; for all its name, log p."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
