@@ -58,7 +58,7 @@ class Digits:
 
     def __init__(self, path: str, options: argparse.Namespace) -> None:
         self.judge = Worker("frozen:Judge", threads=options.threads, path=path)
-        steps, draws = (60, 8) if options.quick else (3000, 32)
+        steps, draws = (60, 8) if options.quick else (2000, 16)
         runner = Worker(
             "fits:ByHand", threads=options.threads, kind="digits", path=path, device=options.device
         )

@@ -138,7 +138,7 @@ class Study:
         self.repeats = 4 if quick else 6
 
     def enter(self, name: str, entry: Entry, cache: str) -> tuple[Worker, float]:
-        """A worker after its first step, and the seconds that step took."""
+        """A worker after three steps, by when all have compiled, and the seconds that took."""
         worker = Worker(
             entry.target,
             threads=self.options.threads,
@@ -151,7 +151,7 @@ class Study:
         )
         try:
             _, first, _ = worker.call("begin")
-            _, second, _ = worker.call("losses", 1)
+            _, second, _ = worker.call("losses", 3)
         except (MissingError, BrokenError):
             worker.close()
             raise
@@ -256,9 +256,9 @@ class Study:
 
 ABOUT = """\
 Medians of turns taken one after another, each contestant in a process of its own; turns in which
-other processes took more than 15 % of a core are left out. "Compile" is the time to the first
-step's end, in steps of hand-written eager torch: cold with an empty cache of kernels, warm with a
-filled one, imports not counted. "Loss" is the difference to hand-written eager torch, nats a
+other processes took more than 15 % of a core are left out. "Compile" is the time of
+the first three steps, by when all have compiled, in steps of hand-written eager torch: cold with an
+empty cache of kernels, warm with a filled one, imports not counted. "Loss" is the difference to hand-written eager torch, nats a
 datum: at the first parameters, averaged over draws; and along training on the same batches,
 steps {first} to {last}. All must agree within five standard errors.
 """
