@@ -256,11 +256,11 @@ class Study:
 
 ABOUT = """\
 Medians of turns taken one after another, each contestant in a process of its own; turns in which
-other processes took more than 15 % of a core are left out. "Compile" is the time of
-the first three steps, by when all have compiled, in steps of hand-written eager torch: cold with an
-empty cache of kernels, warm with a filled one, imports not counted. "Loss" is the difference to hand-written eager torch, nats a
-datum: at the first parameters, averaged over draws; and along training on the same batches,
-steps {first} to {last}. All must agree within five standard errors.
+other processes took more than 15 % of a core are left out. "Compile" is the time of the first three
+steps, by when all have compiled, in steps of hand-written eager torch: cold with an empty cache of
+kernels, warm with a filled one, imports not counted. "Loss" is the difference to hand-written eager
+torch, nats a datum: at the first parameters, averaged over draws; and along training on the same
+batches, steps {first} to {last}. All must agree within five standard errors.
 """
 
 
