@@ -87,6 +87,12 @@ def _serve(pipe: Any, target: str, kwargs: dict[str, Any], threads: int) -> None
         pipe.send(("done", result, seconds, foreign))
 
 
+def _serve_until_left(*args: Any) -> None:
+    """Serve, and end in silence where the parent is gone."""
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        _serve(*args)
+
+
 class Worker:
     """A contestant in its own process.
 
@@ -114,7 +120,7 @@ class Worker:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         try:
             self._process = context.Process(
-                target=_serve, args=(theirs, target, kwargs, threads), daemon=True
+                target=_serve_until_left, args=(theirs, target, kwargs, threads), daemon=True
             )
             self._process.start()
         finally:
