@@ -1,0 +1,1 @@
+"""The contestants of the speed benchmarks, and the arena in which they run."""
