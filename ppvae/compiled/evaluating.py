@@ -106,8 +106,11 @@ class Supported(Messenger):
         fn = msg["fn"]
         if not msg["is_observed"] or not isinstance(fn, TorchDistributionMixin):
             return
-        if vars(fn).get("_validate_args") is False:
-            return  # Told so by the model, as one that scores grey pixels as Bernoulli is.
+        part: Any = fn
+        while part is not None:
+            if vars(part).get("_validate_args") is False:
+                return  # The model says so, as one does that scores grey pixels as Bernoulli.
+            part = getattr(part, "base_dist", None)
         try:
             inside = fn.support.check(msg["value"])
         except (NotImplementedError, AttributeError):
