@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ppvae import graphs
 from ppvae.compiled.evaluating import Gradients, Supported, capturable, loss_and_gradients
 from ppvae.compiled.updates import Update
 from ppvae.graphs import Graph, NotCapturableError, Runner, Watch
+from ppvae.isolation import seconds_now
 from ppvae.objectives import Objective
 
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
@@ -101,6 +103,7 @@ class Captured:
     ) -> None:
         self.job = job
         self.has_gradient: list[bool] = []
+        self.eager_seconds = math.inf  # Of loss and gradients without a graph.
         device = next((t.device for t in job.params), torch.device("cpu"))
         count = max(1, len(job.numbers()))
         self._numbers = torch.zeros(count, dtype=torch.float64, device=device)
@@ -192,7 +195,9 @@ class Captured:
         devices = sorted({t.device.index or 0 for t in held if t.device.type == "cuda"})
         try:
             with torch.random.fork_rng(devices=devices):
+                began = seconds_now(self.device)
                 losses, expected = job.evaluate(arguments)
+                self.eager_seconds = min(self.eager_seconds, seconds_now(self.device) - began)
             _put(held, kept)
             with torch.random.fork_rng(devices=devices):
                 found, go, handed = self.launch(runner, tensors)

@@ -19,7 +19,8 @@ class Signature:
             the last two ``"in a CUDA graph"``.
         why: Why it is that tier, in words.
         steps: Steps taken, by tier.
-        step_seconds: Mean seconds of a step, by tier; on a GPU of its launch.
+        step_seconds: Mean seconds of a step, by tier; on a GPU of its launch. Where no eager step
+            was timed it is what its loss and gradients took when the graph was checked.
         capture_seconds: Spent on capturing and checking the graph.
         compile_seconds: Spent on compiling and checking.
         operations: Operations of the captured graph, 0 where there is none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -88,12 +89,15 @@ class _Plan:
         self.tier, self.runner, self.why, self.final = "eager", None, why, True
 
     def report(self) -> Signature:
+        seconds = {tier: self.seconds[tier] / n for tier, n in self.timed.items()}
+        if self.captured is not None and math.isfinite(self.captured.eager_seconds):
+            seconds.setdefault("eager", self.captured.eager_seconds)
         return Signature(
             arguments=self.arguments,
             tier=self.tier,
             why=self.why,
             steps=dict(self.steps),
-            step_seconds={tier: self.seconds[tier] / n for tier, n in self.timed.items()},
+            step_seconds=seconds,
             capture_seconds=self.capture_seconds,
             compile_seconds=self.compile_seconds,
             operations=0 if self.captured is None else self.captured.graph.num_nodes,
