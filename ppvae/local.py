@@ -51,7 +51,7 @@ from ppvae.families import (
 from ppvae.fisher import LocalElbo, adaptive_ascent
 from ppvae.guides import PerDatapoint, per_datapoint
 from ppvae.isolation import check_rows, seconds_now, unvalidated
-from ppvae.natural import natural_ascent, start_at_a_mode
+from ppvae.natural import Climb, GaussianElbo, best_of_draws, natural_ascent, other_modes
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def fit_per_datapoint(
         elbo = LocalElbo(model, families, _enough_draws(num_draws, size))
         parts = []
         with unvalidated():  # A row that strays must not stop the others.
-            for rows in row_chunks(x, elbo.num_draws):
+            gaussian = all(isinstance(f, GaussianFamily) for f in families.values())
+            for rows in row_chunks(x, _ROWS_OF_GAUSSIANS if gaussian else elbo.num_draws):
                 begins = [start[rows] for start in warm]
                 if not all_discrete(families):  # Where sweeps cost little, each start has its own.
                     begins = _best(elbo, x[rows], begins)
@@ -267,10 +268,11 @@ def _best(elbo: LocalElbo, x: Tensor, starts: list[Tensor]) -> list[Tensor]:
     """The best of several starts for each row, if there is any."""
     if not starts:
         return []
-    best = starts[0]
+    best = starts[0].clone()
     for other in starts[1:]:
-        better = elbo.gain_over(x, other, best) > 0
-        best = torch.where(better[:, None], other, best)
+        for rows in row_chunks(x, elbo.num_draws):
+            better = elbo.gain_over(x[rows], other[rows], best[rows]) > 0
+            best[rows] = torch.where(better[:, None], other[rows], best[rows])
     return [best]
 
 
@@ -281,6 +283,12 @@ def _enough_draws(wanted: int, size: int) -> int:
 
 
 _GAUSSIAN_STEPS = 60
+# What `row_chunks` takes for the draws of each row where the draws have chunks of their own.
+_ROWS_OF_GAUSSIANS = 8
+# A narrow start has this scale, or half of the first fit's where that is less.
+_NARROW = 0.3
+# Evaluations on common draws that compare two ends.
+_COMPARED = 4
 # Values of discrete sites that each have a fit of the other sites, and the log odds of the best in
 # the start that is made of them.
 _MOST_HELD, _NEAR_ONE_VALUE = 32, 5.0
@@ -304,15 +312,9 @@ def _fit_rows(
     if clamped is not None:
         return _fit_by_class(elbo, sites, clamped, x, starts, max_steps, tolerance)
     if all(isinstance(f, GaussianFamily) for f in elbo.families.values()):
-        narrow = start_at_a_mode(elbo.model, elbo.families, x, starts[0])
-        most = max_steps or _GAUSSIAN_STEPS
-        ends = [
-            natural_ascent(elbo.model, elbo.families, x, start, elbo.num_draws, most, tolerance)
-            for start in [*starts, narrow]
-        ]
-    else:
-        starts = [*starts, *_starts_by_value(elbo, sites, x, starts, max_steps, tolerance)]
-        ends = [adaptive_ascent(elbo, x, start, max_steps, tolerance) for start in starts]
+        return _fit_gaussians(elbo, x, starts, max_steps or _GAUSSIAN_STEPS, tolerance)
+    starts = [*starts, *_starts_by_value(elbo, sites, x, starts, max_steps, tolerance)]
+    ends = [adaptive_ascent(elbo, x, start, max_steps, tolerance) for start in starts]
     params, gain, noise, steps = ends[0]
     winner = torch.zeros(len(x), dtype=torch.long, device=x.device)
     restart = torch.zeros_like(gain)
@@ -331,6 +333,69 @@ def _fit_rows(
     params = torch.where((lost > 0)[:, None], starts[0], params)
     gain = torch.where(lost > tolerance, torch.inf, gain)
     return params, gain, noise, steps, winner, restart
+
+
+def _fit_gaussians(
+    elbo: LocalElbo, x: Tensor, starts: list[Tensor], max_steps: int, tolerance: float
+) -> Ends:
+    """One climb for each row, and others where a look at single points finds other modes."""
+    local = GaussianElbo(elbo.model, elbo.families, starts[0])
+
+    def climb(rows: Tensor, loc: Tensor, tril: Tensor) -> Climb:
+        return natural_ascent(local, x[rows], loc, tril, elbo.num_draws, max_steps, tolerance)
+
+    everything = torch.arange(len(x), device=x.device)
+    begins = [local.gaussian(start) for start in starts]
+    first = climb(everything, *begins[0])
+    # A row that the fit made worse, as bad draws may, goes back to where it began.
+    lost = first.lost
+    loc = torch.where(lost[:, None], begins[0][0], first.loc)
+    tril = torch.where(lost[:, None, None], begins[0][1], first.tril)
+    gain = torch.where(lost, torch.inf, first.gain)
+    noise, steps = first.noise, first.steps
+    winner, restart = torch.zeros_like(steps), torch.zeros_like(gain)
+    points = torch.stack([*(other for other, _ in begins[1:]), best_of_draws(local, x)])
+    elsewhere, modes = other_modes(local, x, first, points)
+    open_ = elsewhere.any(dim=0) | ~torch.isfinite(gain) | (gain - noise > tolerance + 4 * noise)
+    rows = torch.nonzero(open_).flatten()
+    if len(rows):
+        # The last start is narrow, at the mode that was found from the best draw, or another one.
+        which = elsewhere.long().cumsum(dim=0).argmax(dim=0)
+        scale = tril[rows].diagonal(dim1=-2, dim2=-1)
+        scale = torch.nan_to_num(0.5 * scale, nan=_NARROW).clamp(max=_NARROW)
+        narrow = torch.nan_to_num(modes[which, everything])[rows], torch.diag_embed(scale)
+        others = [(other[rows], root[rows]) for other, root in begins[1:]]
+        for index, begin in enumerate([*others, narrow], start=1):
+            end = climb(rows, *begin)
+            more = _gain_over(local, x[rows], (end.loc, end.tril), (loc[rows], tril[rows]), elbo)
+            better = more > 0
+            taken = rows[better]
+            loc[taken], tril[taken] = end.loc[better], end.tril[better]
+            gain[taken], noise[taken] = end.gain[better], end.noise[better]
+            winner[taken] = index
+            restart[rows] += more
+            steps[rows] += end.steps
+    return local.params(loc, tril), gain, noise, steps, winner, restart
+
+
+def _gain_over(
+    local: GaussianElbo,
+    x: Tensor,
+    one: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    elbo: LocalElbo,
+) -> Tensor:
+    """As `LocalElbo.gain_over`, by means and Cholesky factors."""
+    differences = []
+    for _ in range(_COMPARED):
+        nodes = local.nodes(elbo.num_draws, x)
+        ours, theirs = (local.values(x, *gaussian, nodes) for gaussian in (one, other))
+        difference = torch.where(torch.isfinite(theirs), ours - theirs, torch.inf)
+        differences.append(torch.where(torch.isfinite(ours), difference, -torch.inf))
+    stacked = torch.stack(differences)
+    mean, spread = stacked.mean(dim=0), stacked.std(dim=0)
+    clearly = mean > 2 * spread / math.sqrt(_COMPARED) + 1e-6 * ours.abs()
+    return torch.where(clearly | torch.isposinf(mean), mean, 0.0)
 
 
 def _fit_by_class(

@@ -14,6 +14,7 @@ family, its diagonal precision. On a Gaussian posterior one evaluation is exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,25 +27,35 @@ from ppvae.families import Family, GaussianFamily
 
 # Search ends for a row when it promises less than this, in nats; polishing does the rest.
 _SEARCH_GAIN = 1e-2
-_POLISH = 14
-_REPLICATES = 4
+# Evaluations on fresh draws in a round of polishing: each is a check of the point that it is at.
+_ROUND = 4
 _LEAST_CURVATURE = 0.02
-_NODES_PER_AXIS = 32
+# Nodes per axis of the product rules: few to come near, many to be sure.
+_FEW_NODES, _MANY_NODES = 12, 32
 # Farther out the weights are below 1e-9, and a model may overflow.
 _FARTHEST_NODE = 6.5
+# Numbers in a temporary of one evaluation: this many stay in a core's cache.
+_CACHED = 2**19
+# Fewer rows than this cost as much time in calls as in arithmetic.
+_LEAST_ROWS = 16
+# Steps of a point on its way to a mode, and the squared distance from the fit's own mode, in units
+# of its curvature, below which it has come to the same one.
+_MODE_STEPS, _SAME_MODE = 16, 0.1
 
 
 def whitened_draws(num_draws: int, size: int, like: Tensor) -> Tensor:
     """Standard normal draws with mean exactly 0 and covariance exactly 1, ``(num_draws, size)``.
 
-    Scrambled Sobol points through the normal quantile function, then centred, whitened and
-    rotated. The rotation, and with it the randomness, comes from torch's generator.
+    Scrambled Sobol points through the normal quantile function, each with its negative where they
+    are enough for that, then centred, whitened and rotated. With the negatives all odd moments are
+    exactly 0 too. The rotation, and with it the randomness, comes from torch's generator.
     """
     seed = int(torch.randint(2**31, ()))
     sobol = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed)
-    uniform = sobol.draw(num_draws, dtype=torch.float64)
+    paired = num_draws % 2 == 0 and num_draws >= 3 * size
+    uniform = sobol.draw(num_draws // 2 if paired else num_draws, dtype=torch.float64)
     normal = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
-    normal = normal - normal.mean(dim=0)
+    normal = torch.cat([normal, -normal]) if paired else normal - normal.mean(dim=0)
     root = torch.linalg.cholesky(normal.mT @ normal / num_draws)
     white = torch.linalg.solve_triangular(root, normal.mT, upper=False).mT
     rotation, triangle = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
@@ -56,9 +67,9 @@ Nodes = tuple[Tensor, Tensor]
 """Standard normal nodes ``(S, D)`` and their weights ``(S,)``, which sum to 1."""
 
 
-def _product_rule(size: int, like: Tensor) -> Nodes:
+def _product_rule(per_axis: int, size: int, like: Tensor) -> Nodes:
     """Gauss–Hermite nodes and weights for ``size`` dimensions."""
-    node, weight = np.polynomial.hermite_e.hermegauss(_NODES_PER_AXIS)
+    node, weight = np.polynomial.hermite_e.hermegauss(per_axis)
     near = np.abs(node) < _FARTHEST_NODE
     node, weight = node[near], weight[near] / weight[near].sum()
     axes = np.stack(np.meshgrid(*[node] * size, indexing="ij"), axis=-1).reshape(-1, size)
@@ -80,6 +91,11 @@ class GaussianState:
         """Overwrite the rows ``where`` by the chosen rows of ``other``."""
         for name in ("loc", "tril", "value", "gradient", "curvature"):
             getattr(self, name)[where] = getattr(other, name)[chosen]
+
+    def put_all(self, where: Tensor, other: GaussianState) -> None:
+        """Overwrite the rows ``where`` by all rows of ``other``."""
+        for name in ("loc", "tril", "value", "gradient", "curvature"):
+            getattr(self, name)[where] = getattr(other, name)
 
     @classmethod
     def joined(cls, parts: Sequence[GaussianState]) -> GaussianState:
@@ -142,7 +158,7 @@ class GaussianElbo:
     def nodes(self, num_draws: int, like: Tensor) -> Nodes:
         """Draws for one evaluation, or in one or two dimensions the nodes of a product rule."""
         if self.size <= 2:
-            return _product_rule(self.size, like)
+            return _product_rule(_MANY_NODES, self.size, like)
         return whitened_draws(num_draws, self.size, like), like.new_full(
             (num_draws,), 1 / num_draws
         )
@@ -157,24 +173,71 @@ class GaussianElbo:
             at += family.size
         return joint(self.model, x, values) + jacobian
 
-    def evaluate(self, x: Tensor, loc: Tensor, tril: Tensor, nodes: Nodes) -> GaussianState:
-        """One evaluation of value, gradient and curvature; all rows share the nodes."""
-        noise, weight = nodes
-        shift = torch.einsum("nij,sj->sni", tril, noise)
-        u = (loc + shift).detach().requires_grad_(True)
+    def moments(
+        self, x: Tensor, loc: Tensor, tril: Tensor, noise: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arithmetic of `evaluate`, a function of tensors alone, without a choice by value.
+
+        Args:
+            x: Rows, ``(rows, *event)``.
+            loc: Means, ``(rows, D)``.
+            tril: Cholesky factors, ``(rows, D, D)``.
+            noise: Nodes, ``(S, D)``.
+            weight: Their weights, ``(S,)``.
+
+        Returns:
+            The local ELBO up to a constant, ``(rows,)``; its gradient in the mean, ``(rows, D)``,
+            and curvature, ``(rows, D, D)``, both in units of the Gaussian.
+        """
+        scale = tril.diagonal(dim1=-2, dim2=-1)
+        if self.diagonal:
+            u = loc + scale * noise[:, None]
+        else:
+            u = loc + torch.einsum("nij,sj->sni", tril, noise)
+        u = u.detach().requires_grad_(True)
         log_p = self.log_density(x, u)
         (gradient,) = torch.autograd.grad(log_p.sum(), u)
-        scaled = torch.einsum("sni,nij->snj", gradient, tril)
-        moment = -torch.einsum("sni,sj->nij", scaled, noise * weight[:, None])
-        log_det = torch.log(tril.diagonal(dim1=-2, dim2=-1)).sum(-1)
-        state = GaussianState(
-            loc,
-            tril,
-            weight @ log_p.detach() + log_det,
-            torch.einsum("s,sni->ni", weight, scaled),
-            0.5 * (moment + moment.mT),
-        )
-        return state
+        scaled = gradient * scale if self.diagonal else torch.einsum("sni,nij->snj", gradient, tril)
+        # Mean and all products with the nodes in one product of matrices.
+        sides = torch.cat([weight[:, None], -weight[:, None] * noise], dim=1)
+        sums = (scaled.reshape(len(noise), -1).mT @ sides).reshape(*loc.shape, -1)
+        moment = sums[..., 1:]
+        value = weight @ log_p.detach() + torch.log(scale).sum(-1)
+        return value, sums[..., 0], 0.5 * (moment + moment.mT)
+
+    def evaluate(self, x: Tensor, loc: Tensor, tril: Tensor, nodes: Nodes) -> GaussianState:
+        """One evaluation of value, gradient and curvature; all rows share the nodes.
+
+        Rows go through `moments` in chunks that fit the cache. Their sizes are few for a given
+        number of nodes: a chunk is filled up with copies of its last row.
+        """
+        noise, weight = nodes
+        most = self.chunk(x, len(noise))
+        parts = []
+        for at in range(0, len(x), most):
+            rows = slice(at, at + most)
+            columns, count = _filled((x[rows], loc[rows], tril[rows]), most)
+            parts.append([part[:count] for part in self.moments(*columns, noise, weight)])
+        columns = parts[0] if len(parts) == 1 else [torch.cat(c) for c in zip(*parts, strict=True)]
+        return GaussianState(loc, tril, *columns)
+
+    def values(self, x: Tensor, loc: Tensor, tril: Tensor, nodes: Nodes) -> Tensor:
+        """The value alone, as in `evaluate`."""
+        noise, weight = nodes
+        parts = []
+        most = self.chunk(x, len(noise))
+        with torch.no_grad():
+            for at in range(0, len(x), most):
+                rows = slice(at, at + most)
+                u = loc[rows] + torch.einsum("nij,sj->sni", tril[rows], noise)
+                log_det = torch.log(tril[rows].diagonal(dim1=-2, dim2=-1)).sum(-1)
+                parts.append(weight @ self.log_density(x[rows], u) + log_det)
+        return torch.cat(parts)
+
+    def chunk(self, x: Tensor, draws: int) -> int:
+        """Rows of one call of `moments`, a power of 2."""
+        width = max(4, self.size, x[0].numel())
+        return max(_LEAST_ROWS, 2 ** int(math.log2(max(1, _CACHED // (draws * width)))))
 
     def step(
         self,
@@ -223,6 +286,15 @@ class GaussianElbo:
         return mean + 0.5 * (spectrum - 1 - torch.log(spectrum)).sum(-1)
 
 
+def _filled(columns: Sequence[Tensor], most: int) -> tuple[list[Tensor], int]:
+    """Rows filled up to a multiple of an eighth of ``most``, and how many there were."""
+    count = len(columns[0])
+    missing = -count % max(1, most // 8)
+    if missing == 0:
+        return list(columns), count
+    return [torch.cat([c, c[-1:].expand(missing, *c.shape[1:])]) for c in columns], count
+
+
 def _between(precision: Tensor, most: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(precision, torch.exp(-2 * most)), torch.exp(2 * most))
 
@@ -247,63 +319,129 @@ def _newton(curvature: Tensor, gradient: Tensor) -> Tensor:
     return out
 
 
+@dataclass
+class Climb:
+    """Where a climb ended, for each row.
+
+    Attributes:
+        loc: Means, ``(batch, D)``.
+        tril: Cholesky factors, ``(batch, D, D)``.
+        curvature: Expected curvature there in units of the Gaussian, ``(batch, D, D)``.
+        gain: What a further step promises, in nats, ``(batch,)``.
+        noise: What ``gain`` would be at the optimum, from noise alone; 0 with a product rule.
+        steps: Evaluations spent, ``(batch,)``.
+        lost: Whether the row ended lower than it began.
+    """
+
+    loc: Tensor
+    tril: Tensor
+    curvature: Tensor
+    gain: Tensor
+    noise: Tensor
+    steps: Tensor
+    lost: Tensor
+
+
 def natural_ascent(
-    model: Program,
-    families: Mapping[str, Family],
+    local: GaussianElbo,
     x: Tensor,
-    start: Tensor,
+    loc: Tensor,
+    tril: Tensor,
     num_draws: int,
     max_steps: int,
     tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Climb from ``start`` to each row's optimum.
+) -> Climb:
+    """Climb from a Gaussian for each row to the row's optimum.
 
     First a search on fixed draws, where a step is kept only if it improves the row and the trust
-    region shrinks where it does not; then steps on fresh draws at a falling rate, which remove
-    the bias of the fixed ones; then a check on further draws of what is left to gain. Rows with
-    more to gain than that check's noise go on at a still lower rate; the others leave the batch.
+    region shrinks where it does not; then rounds of steps on fresh draws at a falling rate, which
+    remove the bias of the fixed ones. An evaluation on fresh draws is a check of the point where it
+    is made: rows for which a round has shown more to gain than noise, or more noise than the
+    tolerance, have another round; the others leave the batch.
 
     Args:
-        model: A Pyro model.
-        families: `GaussianFamily` by latent site.
+        local: The objective.
         x: Rows.
-        start: λ of all sites, ``(batch, P)``.
+        loc: Means to start from, ``(batch, D)``.
+        tril: Cholesky factors to start from, ``(batch, D, D)``.
         num_draws: Draws per evaluation.
-        max_steps: Most evaluations per row, the last check aside.
+        max_steps: Most evaluations per row; the first round is always made.
         tolerance: A row with less than this to gain, in nats, has arrived.
-
-    Returns:
-        λ ``(batch, P)``, the gain that a further step promises, what that figure would be at the
-        optimum from noise alone, and the evaluations spent, each ``(batch,)``.
     """
-    local = GaussianElbo(model, families, start)
-    fixed = local.nodes(num_draws, start)
-    # The nodes of a rule are the same every time: there is no bias for fresh ones to remove.
-    deterministic = local.size <= 2
-    polish = 0 if deterministic else min(_POLISH, max(1, max_steps // 2))
-    enough = 1e-6 if deterministic else _SEARCH_GAIN
-    state = local.evaluate(x, *local.gaussian(start), fixed)
-    steps = torch.ones(len(x), dtype=torch.long, device=x.device)
-    _search(local, x, state, fixed, steps, max_steps - polish, enough)
-    if deterministic:
+    steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    if local.size <= 2:
+        # The nodes of a rule are the same every time: there is no bias for fresh ones to remove.
+        few = _product_rule(_FEW_NODES, local.size, loc)
+        state = local.evaluate(x, loc, tril, few)
+        _search(local, x, state, few, steps, max_steps // 2, 0.1 * _SEARCH_GAIN)
+        many = local.nodes(num_draws, loc)
+        state = local.evaluate(x, state.loc, state.tril, many)
+        began = local.values(x, loc, tril, many)
+        worse = ~(state.value >= began) & torch.isfinite(began)
+        if bool(worse.any()):
+            where = torch.nonzero(worse).flatten()
+            again = local.evaluate(x[where], loc[where], tril[where], many)
+            state.put_all(where, again)
+        steps += 2
+        _search(local, x, state, many, steps, max_steps, 1e-3 * tolerance)
         gain = local.promise(state.gradient, state.curvature)
-        return local.params(state.loc, state.tril), gain, torch.zeros_like(gain), steps
+        none = torch.zeros_like(gain)
+        return Climb(state.loc, state.tril, state.curvature, gain, none, steps, none > 0)
+    fixed = local.nodes(num_draws, loc)
+    state = local.evaluate(x, loc, tril, fixed)
+    steps += 1
+    began = state.value.clone()
+    _search(local, x, state, fixed, steps, max(1, max_steps - _ROUND), _SEARCH_GAIN)
     average = state.curvature.clone()
     gain, noise = torch.zeros_like(state.value), torch.zeros_like(state.value)
-    moving, taken = torch.arange(len(x), device=x.device), 0
+    lost = torch.zeros_like(gain) > 0
+    moving = torch.arange(len(x), device=x.device)
+    left, taken = 1.0, 0
     while len(moving):
-        here, rows = state.rows(moving), x[moving]
-        here, average[moving] = _polish(
-            local, rows, here, average[moving], num_draws, polish, taken
-        )
-        gain[moving], noise[moving] = _check(local, rows, here, num_draws)
-        state.put(moving, here, torch.arange(len(moving), device=x.device))
-        steps[moving] += polish + _REPLICATES
-        taken += polish
-        # A row whose promise is small, or inside of its noise, has arrived.
-        open_ = gain - noise > noise.clamp(min=0.5 * tolerance)
-        moving = moving[open_[moving] & (steps[moving] + polish <= max_steps)]
-    return local.params(state.loc, state.tril), gain, noise, steps
+        rates = [1.2 / (taken + t + 2) for t in range(_ROUND)]
+        here, fresh = _polish(local, x[moving], state.rows(moving), average[moving], num_draws, rates)
+        state.put_all(moving, here)
+        average[moving] = here.curvature
+        in_gain, in_spread, left = _shares(rates, left)
+        gain[moving], spread = _promised(local, fresh)
+        single = spread / in_spread
+        noise[moving] = in_gain * single
+        value = torch.stack([f.value for f in fresh])
+        fell = began[moving] - value.mean(dim=0) - 4 * value.std(dim=0)
+        lost[moving] = fell > tolerance
+        steps[moving] += _ROUND
+        taken += _ROUND
+        unsure = left * single > tolerance
+        more = gain[moving] - noise[moving] > noise[moving].clamp(min=0.5 * tolerance)
+        moving = moving[(unsure | more) & (steps[moving] + _ROUND <= max_steps)]
+    return Climb(state.loc, state.tril, average, gain, noise, steps, lost)
+
+
+def _shares(rates: Sequence[float], left: float) -> tuple[float, float, float]:
+    """How the noise of single evaluations adds up over a round of steps at these rates.
+
+    To first order each evaluation sees the optimum displaced by a noise of its own, and a step
+    takes the iterate a part of the way there.
+
+    Args:
+        rates: Rates of the steps.
+        left: Variance of the iterate before, in units of that of one evaluation's noise.
+
+    Returns:
+        In the same units: the mean square of the mean promised step, the mean squared deviation
+        of the steps from it, and the variance of the iterate after.
+    """
+    scale = np.sqrt(np.array([left] + [1.0] * len(rates)))
+    iterate = np.eye(len(rates) + 1)[0]
+    steps = []
+    for t, rate in enumerate(rates):
+        target = np.eye(len(rates) + 1)[t + 1]
+        steps.append((target - iterate) * scale)
+        iterate = iterate + rate * (target - iterate)
+    array = np.stack(steps)
+    mean = array.mean(axis=0)
+    deviation = ((array - mean) ** 2).sum() / len(rates)
+    return float((mean**2).sum()), float(deviation), float(((iterate * scale) ** 2).sum())
 
 
 def _polish(
@@ -312,59 +450,106 @@ def _polish(
     state: GaussianState,
     average: Tensor,
     num_draws: int,
-    count: int,
-    taken: int,
-) -> tuple[GaussianState, Tensor]:
-    """Steps on fresh draws at a falling rate, with a running mean of the curvature."""
-    for t in range(taken + 1, taken + count + 1):
+    rates: Sequence[float],
+) -> tuple[GaussianState, list[GaussianState]]:
+    """Steps on fresh draws, with a running mean of the curvature, and what was seen on the way."""
+    seen = []
+    for rate in rates:
         fresh = local.evaluate(x, state.loc, state.tril, local.nodes(num_draws, x))
         fresh = _usable(fresh, state)
-        rate = min(0.8, 2.4 / (t + 1))
-        average = average + max(1 / (t + 1), 0.2) * (fresh.curvature - average)
+        seen.append(fresh)
+        average = average + max(rate, 0.2) * (fresh.curvature - average)
         loc, tril = local.step(fresh, x.new_ones(len(x)), rate, average)
-        state = GaussianState(loc, tril, fresh.value, fresh.gradient, fresh.curvature)
-    return state, average
+        state = GaussianState(loc, tril, fresh.value, fresh.gradient, average)
+    return state, seen
 
 
-def _check(
-    local: GaussianElbo, x: Tensor, state: GaussianState, num_draws: int
+def _promised(local: GaussianElbo, seen: Sequence[GaussianState]) -> tuple[Tensor, Tensor]:
+    """What the mean of several evaluations promises, and their mean squared deviation from it."""
+    gradients = torch.stack([s.gradient for s in seen])
+    curvatures = torch.stack([s.curvature for s in seen])
+    gradient, curvature = gradients.mean(dim=0), curvatures.mean(dim=0)
+    gain = local.promise(gradient, curvature)
+    apart = torch.stack([0.5 * (g * _newton(curvature, g)).sum(-1) for g in gradients - gradient])
+    # Near its optimum, where the curvature is 1, the covariance's part of a promise is this.
+    wander = 0.25 * ((curvatures - curvature) * local.structure).square().sum((-1, -2))
+    return gain, (apart + wander).mean(dim=0)
+
+
+def other_modes(
+    local: GaussianElbo, x: Tensor, here: Climb, starts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What a further step promises, and what that figure would be at the optimum from noise."""
-    checks = [
-        local.evaluate(x, state.loc, state.tril, local.nodes(num_draws, x))
-        for _ in range(_REPLICATES)
-    ]
-    gradients = torch.stack([c.gradient for c in checks])
-    curvatures = torch.stack([c.curvature for c in checks])
-    gain = local.promise(gradients.mean(dim=0), curvatures.mean(dim=0))
-    # At the optimum each replicate promises only its noise, and their mean a fraction of that.
-    spread = local.promise(gradients.std(dim=0), _identity(local.size, x) + _wander(curvatures))
-    return gain, spread / _REPLICATES
+    """Whether points climb log p(x, T(u)) |T'(u)| to other modes than the mean of the fit does.
 
+    Points climb by their gradient in units of the fit's curvature, in which the basin of the fit's
+    own mode is nearly round, so that some steps of single points tell what a fit of its own from
+    there would cost tens of evaluations of many draws to tell.
 
-def start_at_a_mode(
-    model: Program, families: Mapping[str, Family], x: Tensor, like: Tensor, draws: int = 64
-) -> Tensor:
-    """A narrow start for each row, at the best of some standard normal draws of u.
+    Args:
+        local: The objective.
+        x: Rows.
+        here: The fit.
+        starts: Points to start from, ``(K, batch, D)``.
 
-    The neutral start lies between the modes of a symmetric posterior, where it can stay.
+    Returns:
+        For each start whether it came elsewhere, or not to rest, ``(K, batch)``; and where.
     """
-    local = GaussianElbo(model, families, like)
-    u = torch.randn(draws, 1, local.size).to(like).expand(draws, len(x), -1)
+    root, failed = torch.linalg.cholesky_ex(_finite(here.curvature))
+    root = torch.where((failed == 0)[:, None, None], root, _identity(local.size, root))
+    # u = loc + B y, with B = L C⁻ᵀ and M = C Cᵀ.
+    basis = torch.linalg.solve_triangular(root.mT, here.tril, upper=True, left=False)
+    inverse = torch.linalg.solve_triangular(here.tril, (starts - here.loc).movedim(0, -1), upper=False)
+    away = (root.mT @ inverse).movedim(-1, 0)
+    y = torch.cat([torch.zeros_like(away[:1]), away])
+
+    def climb(y: Tensor) -> tuple[Tensor, Tensor]:
+        values, gradients = [], []
+        most = local.chunk(x, len(y))
+        for at in range(0, len(x), most):
+            rows = slice(at, at + most)
+            u = here.loc[rows] + torch.einsum("nij,knj->kni", basis[rows], y[:, rows])
+            u = u.detach().requires_grad_(True)
+            log_p = local.log_density(x[rows], u)
+            (gradient,) = torch.autograd.grad(log_p.sum(), u)
+            values.append(torch.nan_to_num(log_p.detach(), nan=-torch.inf))
+            gradients.append(torch.einsum("nij,kni->knj", basis[rows], gradient))
+        return torch.cat(values, dim=1), torch.nan_to_num(torch.cat(gradients, dim=1))
+
+    value, gradient = climb(y)
+    rate = torch.full_like(value, 0.7)
+    longest = 2 * local.size**0.5
+    for _ in range(_MODE_STEPS):
+        move = rate[..., None] * gradient
+        length = move.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        new = y + move * (longest / length).clamp(max=1.0)
+        there, slope = climb(new)
+        better = there > value
+        y = torch.where(better[..., None], new, y)
+        gradient = torch.where(better[..., None], slope, gradient)
+        value = torch.where(better, there, value)
+        rate = torch.where(better, 1.3 * rate, 0.4 * rate)
+        apart = (y[1:] - y[:1]).square().sum(-1)
+        if bool((apart < 0.1 * _SAME_MODE).all()):
+            break
+    end = here.loc + torch.einsum("nij,knj->kni", basis, y[1:])
+    return ~(apart < _SAME_MODE), end
+
+
+def best_of_draws(local: GaussianElbo, x: Tensor, draws: int = 64) -> Tensor:
+    """For each row the best of some standard normal draws of u, ``(batch, D)``."""
+    u = torch.randn(draws, 1, local.size).to(x)
+    most = local.chunk(x, draws)
+    best = []
     with torch.no_grad():
-        log_p = torch.nan_to_num(local.log_density(x, u), nan=-torch.inf)
-    best = log_p.argmax(dim=0)
-    loc = u[best, torch.arange(len(x), device=x.device)]
-    tril = 0.3 * _identity(local.size, like).expand(len(x), -1, -1)
-    return local.params(loc, tril)
+        for at in range(0, len(x), most):
+            rows = x[at : at + most]
+            log_p = local.log_density(rows, u.expand(draws, len(rows), local.size))
+            best.append(torch.nan_to_num(log_p, nan=-torch.inf).argmax(dim=0))
+    return u[torch.cat(best), 0]
 
 
 def _identity(size: int, x: Tensor) -> Tensor:
     return torch.eye(size).to(x)
-
-
-def _wander(curvatures: Tensor) -> Tensor:
-    return torch.diag_embed(curvatures.std(dim=0).diagonal(dim1=-2, dim2=-1))
 
 
 def _usable(fresh: GaussianState, last: GaussianState) -> GaussianState:
@@ -386,19 +571,32 @@ def _search(
     most: int,
     enough: float,
 ) -> None:
-    """Trust-region ascent on fixed draws, in place; finished rows leave the batch."""
+    """Trust-region ascent on fixed draws, in place; finished rows leave the batch.
+
+    Args:
+        local: The objective.
+        x: Rows.
+        state: Where to start, evaluated on ``fixed``.
+        fixed: The draws.
+        steps: ``(batch,)``, evaluations spent; counted on.
+        most: Rows that have spent this many stop.
+        enough: Rows that promise less than this, in nats, have arrived.
+    """
     radius = x.new_full((len(x),), float(local.size) ** 0.5)
-    for _ in range(most):
-        promise = local.promise(state.gradient, state.curvature)
-        moving = torch.nonzero((promise > enough) & (radius > 1e-3)).flatten()
-        if len(moving) == 0:
-            break
+    moving = torch.arange(len(x), device=x.device)
+    while True:
         here = state.rows(moving)
+        promise = local.promise(here.gradient, here.curvature)
+        chosen = (promise > enough) & (radius[moving] > 1e-3) & (steps[moving] < most)
+        if not bool(chosen.all()):
+            moving, here = moving[chosen], here.rows(chosen)
+        if len(moving) == 0:
+            return
         loc, tril = local.step(here, radius[moving], 1.0)
         there = local.evaluate(x[moving], loc, tril, fixed)
         steps[moving] += 1
         finite = torch.isfinite(there.value) & torch.isfinite(there.curvature).all(-1).all(-1)
         better = finite & (there.value > here.value)
-        chosen = torch.nonzero(better).flatten()
-        state.put(moving[chosen], there, chosen)
+        accepted = torch.nonzero(better).flatten()
+        state.put(moving[accepted], there, accepted)
         radius[moving] = torch.where(better, 2 * radius[moving], 0.25 * radius[moving])
