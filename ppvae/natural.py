@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -79,39 +79,39 @@ def _product_rule(per_axis: int, size: int, like: Tensor) -> Nodes:
 
 @dataclass
 class GaussianState:
-    """Gaussians for some rows, and what one evaluation told about them."""
+    """Gaussians for some rows, and what one evaluation told about them.
+
+    Attributes:
+        loc: Means, ``(rows, D)``.
+        tril: Cholesky factors, ``(rows, D, D)``.
+        value: The local ELBO up to a constant, ``(rows,)``.
+        gradient: Its gradient in the mean, in units of the Gaussian, ``(rows, D)``.
+        curvature: Expected curvature in those units, ``(rows, D, D)``.
+        higher: Expected third and fourth derivatives in those units, ``(rows, 2)``, of a scalar
+            latent; ``(rows, 0)`` of others.
+    """
 
     loc: Tensor
     tril: Tensor
     value: Tensor
     gradient: Tensor
     curvature: Tensor
+    higher: Tensor
 
     def put(self, where: Tensor, other: GaussianState, chosen: Tensor) -> None:
         """Overwrite the rows ``where`` by the chosen rows of ``other``."""
-        for name in ("loc", "tril", "value", "gradient", "curvature"):
-            getattr(self, name)[where] = getattr(other, name)[chosen]
-
-    def put_all(self, where: Tensor, other: GaussianState) -> None:
-        """Overwrite the rows ``where`` by all rows of ``other``."""
-        for name in ("loc", "tril", "value", "gradient", "curvature"):
-            getattr(self, name)[where] = getattr(other, name)
+        for field in fields(self):
+            getattr(self, field.name)[where] = getattr(other, field.name)[chosen]
 
     @classmethod
     def joined(cls, parts: Sequence[GaussianState]) -> GaussianState:
         """The rows of several, in order."""
-        names = ("loc", "tril", "value", "gradient", "curvature")
+        names = [field.name for field in fields(cls)]
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def rows(self, where: Tensor) -> GaussianState:
         """The rows ``where``."""
-        return GaussianState(
-            self.loc[where],
-            self.tril[where],
-            self.value[where],
-            self.gradient[where],
-            self.curvature[where],
-        )
+        return GaussianState(*(getattr(self, field.name)[where] for field in fields(self)))
 
 
 class GaussianElbo:
@@ -175,7 +175,7 @@ class GaussianElbo:
 
     def moments(
         self, x: Tensor, loc: Tensor, tril: Tensor, noise: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arithmetic of `evaluate`, a function of tensors alone, without a choice by value.
 
         Args:
@@ -186,8 +186,7 @@ class GaussianElbo:
             weight: Their weights, ``(S,)``.
 
         Returns:
-            The local ELBO up to a constant, ``(rows,)``; its gradient in the mean, ``(rows, D)``,
-            and curvature, ``(rows, D, D)``, both in units of the Gaussian.
+            ``value``, ``gradient``, ``curvature`` and ``higher`` of `GaussianState`.
         """
         scale = tril.diagonal(dim1=-2, dim2=-1)
         if self.diagonal:
@@ -199,11 +198,14 @@ class GaussianElbo:
         (gradient,) = torch.autograd.grad(log_p.sum(), u)
         scaled = gradient * scale if self.diagonal else torch.einsum("sni,nij->snj", gradient, tril)
         # Mean and all products with the nodes in one product of matrices.
-        sides = torch.cat([weight[:, None], -weight[:, None] * noise], dim=1)
+        columns = [torch.ones_like(noise[:, :1]), -noise]
+        if self.size == 1:  # Hermite polynomials: by Stein's identity again.
+            columns += [noise**2 - 1, noise**3 - 3 * noise]
+        sides = weight[:, None] * torch.cat(columns, dim=1)
         sums = (scaled.reshape(len(noise), -1).mT @ sides).reshape(*loc.shape, -1)
-        moment = sums[..., 1:]
+        moment, higher = sums[..., 1 : 1 + self.size], sums[:, 0, 1 + self.size :]
         value = weight @ log_p.detach() + torch.log(scale).sum(-1)
-        return value, sums[..., 0], 0.5 * (moment + moment.mT)
+        return value, sums[..., 0], 0.5 * (moment + moment.mT), higher
 
     def evaluate(self, x: Tensor, loc: Tensor, tril: Tensor, nodes: Nodes) -> GaussianState:
         """One evaluation of value, gradient and curvature; all rows share the nodes.
@@ -273,6 +275,36 @@ class GaussianElbo:
         triangle = torch.linalg.qr(root.mT, mode="r").R.mT * self.structure
         return loc, triangle * torch.sign(triangle.diagonal(dim1=-2, dim2=-1))[:, None, :]
 
+    def scalar_step(self, state: GaussianState, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Newton's step in mean and log scale of a scalar latent, no further than ``radius``.
+
+        With :math:`a_k = \mathrm{E}[\sigma g\, \mathrm{He}_k(\epsilon)]` the local ELBO has the
+        gradient :math:`(a_0, 1 + a_1)` in :math:`(\mu / \sigma, \log \sigma)` and the second
+        derivatives :math:`a_1`, :math:`a_2` and :math:`2 a_1 + a_3`. Where these are not those of a
+        maximum the step is the one of `step`.
+
+        Returns:
+            Mean, Cholesky factor, and the gain that is to be expected, ``(rows,)``.
+        """
+        slope, m = state.gradient[:, 0], state.curvature[:, 0, 0]
+        third, fourth = state.higher.unbind(-1)
+        twice = 2 * m - fourth
+        det = m * twice - third**2
+        convex = (m > 0) & (det > 1e-3 * m**2)
+        det = torch.where(convex, det, 1.0)
+        plain = slope / m.abs().clamp(min=_LEAST_CURVATURE)
+        growth = -0.5 * torch.log(m.clamp(min=math.exp(-2)))
+        move = torch.where(convex, (twice * slope + third * (1 - m)) / det, plain)
+        grow = torch.where(convex, (m * (1 - m) + third * slope) / det, growth)
+        newton = 0.5 * (slope * move + (1 - m) * grow)
+        promise = self.promise(state.gradient, state.curvature)
+        expected = torch.where(convex, torch.maximum(newton, promise), promise)
+        scale = state.tril[:, 0, 0]
+        loc = state.loc[:, 0] + scale * torch.clamp(move, -radius, radius)
+        most = radius.clamp(max=1.0)
+        scale = scale * torch.exp(torch.clamp(grow, -most, most))
+        return loc[:, None], scale[:, None, None], expected
+
     def promise(self, gradient: Tensor, curvature: Tensor) -> Tensor:
         """What the full step would gain were the curvature constant, in nats."""
         mean = 0.5 * (gradient * _newton(curvature, gradient)).sum(-1)
@@ -307,6 +339,9 @@ def _finite(matrix: Tensor) -> Tensor:
 
 def _newton(curvature: Tensor, gradient: Tensor) -> Tensor:
     """The step M⁻¹ g; directions of negative or no curvature are taken as convex ones."""
+    if gradient.shape[-1] == 1:
+        size = curvature[..., 0].abs()
+        return gradient / torch.where(curvature[..., 0] > 0, size, size.clamp(min=_LEAST_CURVATURE))
     matrix = _finite(curvature)
     root, failed = torch.linalg.cholesky_ex(matrix)
     out = torch.cholesky_solve(gradient[..., None], root)[..., 0]
@@ -381,9 +416,9 @@ def natural_ascent(
         if bool(worse.any()):
             where = torch.nonzero(worse).flatten()
             again = local.evaluate(x[where], loc[where], tril[where], many)
-            state.put_all(where, again)
+            state.put(where, again, torch.arange(len(where), device=x.device))
         steps += 2
-        _search(local, x, state, many, steps, max_steps, 1e-3 * tolerance)
+        _search(local, x, state, many, steps, max_steps, 0.01 * tolerance)
         gain = local.promise(state.gradient, state.curvature)
         none = torch.zeros_like(gain)
         return Climb(state.loc, state.tril, state.curvature, gain, none, steps, none > 0)
@@ -400,7 +435,7 @@ def natural_ascent(
     while len(moving):
         rates = [1.2 / (taken + t + 2) for t in range(_ROUND)]
         here, fresh = _polish(local, x[moving], state.rows(moving), average[moving], num_draws, rates)
-        state.put_all(moving, here)
+        state.put(moving, here, torch.arange(len(moving), device=x.device))
         average[moving] = here.curvature
         in_gain, in_spread, left = _shares(rates, left)
         gain[moving], spread = _promised(local, fresh)
@@ -460,7 +495,7 @@ def _polish(
         seen.append(fresh)
         average = average + max(rate, 0.2) * (fresh.curvature - average)
         loc, tril = local.step(fresh, x.new_ones(len(x)), rate, average)
-        state = GaussianState(loc, tril, fresh.value, fresh.gradient, average)
+        state = replace(fresh, loc=loc, tril=tril, curvature=average)
     return state, seen
 
 
@@ -586,13 +621,18 @@ def _search(
     moving = torch.arange(len(x), device=x.device)
     while True:
         here = state.rows(moving)
-        promise = local.promise(here.gradient, here.curvature)
+        if local.size == 1:
+            *step, promise = local.scalar_step(here, radius[moving])
+        else:
+            promise = local.promise(here.gradient, here.curvature)
         chosen = (promise > enough) & (radius[moving] > 1e-3) & (steps[moving] < most)
-        if not bool(chosen.all()):
-            moving, here = moving[chosen], here.rows(chosen)
-        if len(moving) == 0:
+        if not bool(chosen.any()):
             return
-        loc, tril = local.step(here, radius[moving], 1.0)
+        moving, here = moving[chosen], here.rows(chosen)
+        if local.size == 1:
+            loc, tril = (part[chosen] for part in step)
+        else:
+            loc, tril = local.step(here, radius[moving], 1.0)
         there = local.evaluate(x[moving], loc, tril, fixed)
         steps[moving] += 1
         finite = torch.isfinite(there.value) & torch.isfinite(there.curvature).all(-1).all(-1)

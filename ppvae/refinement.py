@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -334,7 +334,7 @@ class _GaussianClimb:
             loc, tril = self.elbo.step(part, radius, rate[moving])
             self.state.put(
                 rows[moving],
-                GaussianState(loc, tril, part.value, part.gradient, part.curvature),
+                replace(part, loc=loc, tril=tril),
                 torch.arange(len(moving), device=self.x.device),
             )
 
