@@ -105,7 +105,7 @@ def fit_per_datapoint(
     *,
     init: Program | Sequence[Program] | None = None,
     max_steps: int | None = None,
-    num_draws: int = 128,
+    num_draws: int = 64,
     num_samples: int = 1000,
     tolerance: float = 1e-3,
     seed: int = 0,
@@ -126,7 +126,8 @@ def fit_per_datapoint(
             Their families must be ``family``, where both are given.
         max_steps: Most evaluations per row and start: by default 60 for Gaussian families,
             260 for others, and 200 sweeps for discrete ones.
-        num_draws: Draws per row and evaluation; raised where a latent's dimension needs more.
+        num_draws: Draws per row and evaluation with Gaussian families, others take twice as many;
+            raised where a latent's dimension needs more.
         num_samples: Fresh draws for the reported ELBO.
         tolerance: A row has converged when it has less than this to gain, in nats.
         seed: Seed of all draws; the caller's generators are left as they were.
@@ -165,11 +166,12 @@ def fit_per_datapoint(
         guide = PerDatapoint(families, len(x), plate=sites.plate).to(x)
         warm = [flat_params(guide, families) for guide in freed]
         size = sum(f.size for f in families.values())
-        elbo = LocalElbo(model, families, _enough_draws(num_draws, size))
+        gaussian = all(isinstance(f, GaussianFamily) for f in families.values())
+        wanted = num_draws if gaussian else 2 * num_draws
+        elbo = LocalElbo(model, families, _enough_draws(wanted, size))
         parts = []
         with unvalidated():  # A row that strays must not stop the others.
-            gaussian = all(isinstance(f, GaussianFamily) for f in families.values())
-            for rows in row_chunks(x, _ROWS_OF_GAUSSIANS if gaussian else elbo.num_draws):
+            for rows in row_chunks(x, min(size, _MOST_AT_ONCE) if gaussian else elbo.num_draws):
                 begins = [start[rows] for start in warm]
                 if not all_discrete(families):  # Where sweeps cost little, each start has its own.
                     begins = _best(elbo, x[rows], begins)
@@ -277,14 +279,14 @@ def _best(elbo: LocalElbo, x: Tensor, starts: list[Tensor]) -> list[Tensor]:
 
 
 def _enough_draws(wanted: int, size: int) -> int:
-    # Whitening needs twice as many draws as dimensions, and Sobol points come in powers of 2.
-    # In few dimensions further draws are cheap, and skewed families need them.
-    return int(2 ** math.ceil(math.log2(max(wanted, 2 * size, 512 // size))))
+    # Whitened pairs need three times as many draws as dimensions, and Sobol points come in powers
+    # of 2. In few dimensions further draws are cheap, and skewed families need them.
+    return int(2 ** math.ceil(math.log2(max(wanted, 3 * size, 512 // size))))
 
 
 _GAUSSIAN_STEPS = 60
-# What `row_chunks` takes for the draws of each row where the draws have chunks of their own.
-_ROWS_OF_GAUSSIANS = 8
+# Gaussians have chunks of their own for the draws: what all rows keep grows with the latent's size.
+_MOST_AT_ONCE = 32
 # A narrow start has this scale, or half of the first fit's where that is less.
 _NARROW = 0.3
 # Evaluations on common draws that compare two ends.

@@ -32,10 +32,12 @@ _ROUND = 4
 _LEAST_CURVATURE = 0.02
 # Nodes per axis of the product rules: few to come near, many to be sure.
 _FEW_NODES, _MANY_NODES = 12, 32
+# Nats by which the two rules may differ.
+_MISLED = 0.1
 # Farther out the weights are below 1e-9, and a model may overflow.
 _FARTHEST_NODE = 6.5
 # Numbers in a temporary of one evaluation: this many stay in a core's cache.
-_CACHED = 2**19
+_CACHED = 2**20
 # Fewer rows than this cost as much time in calls as in arithmetic.
 _LEAST_ROWS = 16
 # Steps of a point on its way to a mode, and the squared distance from the fit's own mode, in units
@@ -408,13 +410,14 @@ def natural_ascent(
         # The nodes of a rule are the same every time: there is no bias for fresh ones to remove.
         few = _product_rule(_FEW_NODES, local.size, loc)
         state = local.evaluate(x, loc, tril, few)
+        began = state.value.clone()
         _search(local, x, state, few, steps, max_steps // 2, 0.1 * _SEARCH_GAIN)
-        many = local.nodes(num_draws, loc)
+        coarse, many = state.value, local.nodes(num_draws, loc)
         state = local.evaluate(x, state.loc, state.tril, many)
-        began = local.values(x, loc, tril, many)
-        worse = ~(state.value >= began) & torch.isfinite(began)
-        if bool(worse.any()):
-            where = torch.nonzero(worse).flatten()
+        # Where few nodes have misled, the climb begins again with many.
+        misled = ~((state.value >= began) & ((state.value - coarse).abs() < _MISLED))
+        where = torch.nonzero(misled).flatten()
+        if len(where):
             again = local.evaluate(x[where], loc[where], tril[where], many)
             state.put(where, again, torch.arange(len(where), device=x.device))
         steps += 2
@@ -570,8 +573,9 @@ def other_modes(
     return ~(apart < _SAME_MODE), end
 
 
-def best_of_draws(local: GaussianElbo, x: Tensor, draws: int = 64) -> Tensor:
+def best_of_draws(local: GaussianElbo, x: Tensor) -> Tensor:
     """For each row the best of some standard normal draws of u, ``(batch, D)``."""
+    draws = 16 if local.size == 1 else 64
     u = torch.randn(draws, 1, local.size).to(x)
     most = local.chunk(x, draws)
     best = []
