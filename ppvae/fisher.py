@@ -252,6 +252,111 @@ class LocalElbo:
         return torch.nan_to_num(gain, nan=torch.inf), torch.nan_to_num(noise, nan=torch.inf)
 
 
+@dataclass(frozen=True)
+class Table:
+    """The local ELBO over a family on one latent element, with log p(x, z) listed on nodes.
+
+    q counts on the nodes alone, made to sum to 1 there, so that the rest is exact arithmetic:
+    value, gradient and second derivatives of what is left hold no noise.
+
+    Attributes:
+        family: The family.
+        z: Nodes, ``(K, batch, *event)``.
+        log_volume: ``(K, batch)``: log of the volume that each node stands for.
+        log_p: log p(x, z) there, ``(K, batch)``.
+    """
+
+    family: Family
+    z: Tensor
+    log_volume: Tensor
+    log_p: Tensor
+
+    def rows(self, where: Tensor | slice) -> Table:
+        """The rows ``where``."""
+        parts = (self.z[:, where], self.log_volume[:, where], self.log_p[:, where])
+        return Table(self.family, *parts)
+
+    def coarse(self) -> Table:
+        """Every second node."""
+        volume = self.log_volume[::2] + math.log(2.0)
+        return Table(self.family, self.z[::2], volume, self.log_p[::2])
+
+    def value(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The ELBO at λ, and the part of q that the nodes hold, ``(batch,)``."""
+        log_q = self.family.distribution(params).log_prob(self.z)
+        mass = torch.logsumexp(log_q + self.log_volume, dim=0)
+        log_q = log_q - mass
+        return ((log_q + self.log_volume).exp() * (self.log_p - log_q)).sum(dim=0), mass.exp()
+
+    def moments(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, gradient ``(batch, P)`` and second derivatives ``(batch, P, P)`` in λ."""
+        params = params.detach().requires_grad_(True)
+        value, _ = self.value(params)
+        (gradient,) = torch.autograd.grad(value.sum(), params, create_graph=True)
+        second = [
+            torch.autograd.grad(g.sum(), params, retain_graph=True)[0] for g in gradient.unbind(-1)
+        ]
+        return value.detach(), gradient.detach(), torch.stack(second, dim=-2)
+
+
+def tabulated_ascent(
+    table: Table, start: Tensor, max_steps: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Newton's method in λ inside of a trust region; rows that have arrived leave the batch.
+
+    Args:
+        table: The objective.
+        start: λ, ``(batch, P)``.
+        max_steps: Most evaluations per row.
+        tolerance: A row with less than this to gain, in nats, has arrived.
+
+    Returns:
+        λ, the value, the gain that a further step promises (infinite where the value is no
+        maximum in λ), and the evaluations, each ``(batch, …)``.
+    """
+    params = start.clone()
+    value, gradient, second = table.moments(params)
+    steps = torch.ones(len(params), dtype=torch.long, device=params.device)
+    radius = torch.ones_like(value)
+    gain = torch.full_like(value, torch.inf)
+    moving = torch.arange(len(params), device=params.device)
+    while True:
+        move, promise = _ascent(gradient[moving], second[moving], radius[moving])
+        gain[moving] = promise
+        chosen = ~(promise <= 1e-2 * tolerance)
+        chosen &= (radius[moving] > 1e-3) & (steps[moving] < max_steps)
+        if not bool(chosen.any()):
+            return params, value, gain, steps
+        moving = moving[chosen]
+        new = params[moving] + move[chosen]
+        there, slope, bend = table.rows(moving).moments(new)
+        steps[moving] += 1
+        better = (there > value[moving]) | ~torch.isfinite(value[moving])
+        better &= torch.isfinite(there + slope.sum(-1) + bend.sum((-1, -2)))
+        taken = moving[better]
+        params[taken], value[taken] = new[better], there[better]
+        gradient[taken], second[taken] = slope[better], bend[better]
+        radius[moving] = torch.where(better, 2 * radius[moving], 0.25 * radius[moving])
+
+
+def _ascent(gradient: Tensor, second: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """A step uphill of length ``radius`` at most, and what Newton's promises at a maximum."""
+    bad = ~torch.isfinite(gradient.sum(-1) + second.sum((-1, -2)))
+    gradient = torch.where(bad[:, None], 0.0, gradient).double()
+    second = torch.where(bad[:, None, None], 0.0, second).double()
+    values, vectors = torch.linalg.eigh(-second)
+    along = (vectors.mT @ gradient[..., None])[..., 0]
+    size = values.abs().clamp(min=1e-4)
+    step = along / size
+    # What is flat as far as rounding tells neither bends up nor promises anything.
+    concave = (values > -1e-4).all(dim=-1) & ~bad
+    promise = torch.where(concave, 0.5 * (along * step).sum(-1), torch.inf)
+    move = (vectors @ step[..., None])[..., 0]
+    length = move.norm(dim=-1).clamp(min=1e-30)
+    move = move * (radius / length).clamp(max=1.0)[:, None]
+    return move.to(radius), promise.to(radius)
+
+
 def adaptive_ascent(
     elbo: LocalElbo, x: Tensor, start: Tensor, max_steps: int | None, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

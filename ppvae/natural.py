@@ -437,7 +437,9 @@ def natural_ascent(
     left, taken = 1.0, 0
     while len(moving):
         rates = [1.2 / (taken + t + 2) for t in range(_ROUND)]
-        here, fresh = _polish(local, x[moving], state.rows(moving), average[moving], num_draws, rates)
+        here, fresh = _polish(
+            local, x[moving], state.rows(moving), average[moving], num_draws, rates
+        )
         state.put(moving, here, torch.arange(len(moving), device=x.device))
         average[moving] = here.curvature
         in_gain, in_spread, left = _shares(rates, left)
@@ -536,7 +538,9 @@ def other_modes(
     root = torch.where((failed == 0)[:, None, None], root, _identity(local.size, root))
     # u = loc + B y, with B = L C⁻ᵀ and M = C Cᵀ.
     basis = torch.linalg.solve_triangular(root.mT, here.tril, upper=True, left=False)
-    inverse = torch.linalg.solve_triangular(here.tril, (starts - here.loc).movedim(0, -1), upper=False)
+    inverse = torch.linalg.solve_triangular(
+        here.tril, (starts - here.loc).movedim(0, -1), upper=False
+    )
     away = (root.mT @ inverse).movedim(-1, 0)
     y = torch.cat([torch.zeros_like(away[:1]), away])
 
