@@ -34,24 +34,24 @@ from ppvae.density import (
     Program,
     check_count,
     draw_chunks,
+    joint,
     judging,
     read_model,
-    joint,
     row_chunks,
-    support_name,
     weigh,
 )
 from ppvae.families import (
-    DiagonalNormal,
     DiscreteFamily,
     Family,
+    Gamma,
     GaussianFamily,
     LogNormal,
+    TruncatedNormal,
+    Weibull,
     held_fixed,
     in_order,
     same_family,
     split_sites,
-    weights_of,
 )
 from ppvae.fisher import LocalElbo, Table, adaptive_ascent, tabulated_ascent
 from ppvae.guides import PerDatapoint, per_datapoint
@@ -291,11 +291,10 @@ def _enough_draws(wanted: int, size: int) -> int:
 
 
 _GAUSSIAN_STEPS = 60
-# Scalar latents of other families: most parameters, nodes, how far they may reach in units of a
-# Gaussian's scale, and the nats below the peak that count for nothing.
-_MOST_SCALAR, _TABLE, _NEGLIGIBLE = 4, 65, 25.0
+# Scalar latents of other families: nodes, the nats below the peak that count for nothing, and how
+# far the nodes may reach in units of a Gaussian's scale.
+_TABLE, _NEGLIGIBLE = 65, 25.0
 _EXTENTS = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 13.0, 17.0, 22.0, 30.0)
-_SURROGATES = {"real": DiagonalNormal, "positive": LogNormal, "nonnegative": LogNormal}
 # Gaussians have chunks of their own for the draws: what all rows keep grows with the latent's size.
 _MOST_AT_ONCE = 32
 # A narrow start has this scale, or half of the first fit's where that is less.
@@ -363,14 +362,12 @@ def _fit_any(
 
 
 def _is_scalar(families: Mapping[str, Family]) -> bool:
-    """Whether there is one latent element, of a family whose density can be listed on nodes."""
+    """Whether there is one latent element, positive, of a family with smooth derivatives in λ."""
     family = next(iter(families.values()))
     return (
         len(families) == 1
         and family.size == 1
-        and family.num_params <= _MOST_SCALAR
-        and not weights_of(family)
-        and support_name(family.support) in _SURROGATES
+        and isinstance(family, (Gamma, TruncatedNormal, Weibull))
     )
 
 
@@ -422,8 +419,8 @@ def _fit_scalars(
 def _tabulated(elbo: LocalElbo, x: Tensor, tolerance: float) -> Table:
     """log p(x, z) on nodes over the posterior of one latent element."""
     name, family = next(iter(elbo.families.items()))
-    surrogate = _SURROGATES[support_name(family.support)](family.latent_dim)
-    families = {name: surrogate}
+    surrogate = LogNormal(family.latent_dim)
+    families: dict[str, Family] = {name: surrogate}
     cold = x.new_zeros(len(x), surrogate.num_params)
     normal = LocalElbo(elbo.model, families, elbo.num_draws)
     params = _fit_gaussians(normal, x, [cold], _GAUSSIAN_STEPS, tolerance)[0]

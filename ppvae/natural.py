@@ -220,8 +220,9 @@ class GaussianElbo:
         parts = []
         for at in range(0, len(x), most):
             rows = slice(at, at + most)
-            columns, count = _filled((x[rows], loc[rows], tril[rows]), most)
-            parts.append([part[:count] for part in self.moments(*columns, noise, weight)])
+            (own, mean, root), count = _filled((x[rows], loc[rows], tril[rows]), most)
+            moments = self.moments(own, mean, root, noise, weight)
+            parts.append([part[:count] for part in moments])
         columns = parts[0] if len(parts) == 1 else [torch.cat(c) for c in zip(*parts, strict=True)]
         return GaussianState(loc, tril, *columns)
 
@@ -406,6 +407,7 @@ def natural_ascent(
         tolerance: A row with less than this to gain, in nats, has arrived.
     """
     steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    loc, tril = loc.clone(), tril.clone()  # The search writes over where it began.
     if local.size <= 2:
         # The nodes of a rule are the same every time: there is no bias for fresh ones to remove.
         few = _product_rule(_FEW_NODES, local.size, loc)
