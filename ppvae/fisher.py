@@ -323,7 +323,7 @@ def tabulated_ascent(
     while True:
         move, promise = _ascent(gradient[moving], second[moving], radius[moving])
         gain[moving] = promise
-        chosen = ~(promise <= 1e-2 * tolerance)
+        chosen = ~(promise <= 1e-4 * tolerance)
         chosen &= (radius[moving] > 1e-3) & (steps[moving] < max_steps)
         if not bool(chosen.any()):
             return params, value, gain, steps
@@ -331,7 +331,8 @@ def tabulated_ascent(
         new = params[moving] + move[chosen]
         there, slope, bend = table.rows(moving).moments(new)
         steps[moving] += 1
-        better = (there > value[moving]) | ~torch.isfinite(value[moving])
+        rounding = 4 * torch.finfo(there.dtype).eps * there.abs()
+        better = (there > value[moving] - rounding) | ~torch.isfinite(value[moving])
         better &= torch.isfinite(there + slope.sum(-1) + bend.sum((-1, -2)))
         taken = moving[better]
         params[taken], value[taken] = new[better], there[better]
