@@ -25,7 +25,10 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from ppvae.graphs import Repeated, capturing
 from ppvae.isolation import check_rows, evaluation_mode, forked_rng, private_store, unvalidated
 
 Program = Callable[..., Any]
@@ -36,6 +39,12 @@ _PARTICLES = "ppvae.particles"
 # Elements of the largest tensor that one evaluation may make: 16 MB in float32. The layers of
 # a network are taken to be no wider than a row, or than a few hundred units.
 _ELEMENTS = 4_000_000
+
+# Bytes of the largest tensor that one evaluation of a model makes where draws are worked off in
+# portions: `ChunkedJoint`. Half a dozen of that size are held at once. On a CPU larger ones leave
+# the cache, and from some 16 MB on the allocator returns their memory at every operation, which
+# doubles the time; a GPU is kept busy by larger ones alone.
+_CHUNK_BYTES = {"cpu": 6_400_000, "cuda": 256_000_000}
 
 
 class NoLikelihoodError(ValueError):
@@ -529,11 +538,22 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
     if not hasattr(fn, "support"):
         return torch.as_tensor(fn.log_prob(value))
     inside = fn.support.check(value)
-    if bool(inside.all()):
+    if not capturing() and bool(inside.all()):
         return torch.as_tensor(fn.log_prob(value))
     where = inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim()))
-    safe = torch.where(where, value, fn.sample().expand_as(value))
+    safe = torch.where(where, value, _anywhere_inside(fn, value))
     return torch.as_tensor(fn.log_prob(safe)).masked_fill(~inside, -torch.inf)
+
+
+def _anywhere_inside(fn: Any, value: Tensor) -> Tensor:
+    """A value, broadcast to the shape of ``value``, at which the density can be evaluated.
+
+    Nothing is drawn for it: a graph, which evaluates it always, uses up no random numbers then.
+    """
+    if bool(getattr(fn.support, "is_discrete", False)):
+        return torch.zeros_like(value)
+    transform = biject_to(fn.support)
+    return transform(value.new_zeros(transform.inverse_shape(value.shape))).expand_as(value)
 
 
 def _sum_sites(trace: Trace, shape: torch.Size, given: Mapping[str, Tensor] | None) -> Tensor:
@@ -610,6 +630,12 @@ def weigh(
     model: Program, guide: Program, x: Tensor, num_samples: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`log_weights` without its checks and contexts; gives the draws of the latent sites too."""
+    latents, log_q = _guided(guide, x, num_samples)
+    return joint(model, x, latents) - log_q, latents
+
+
+def _guided(guide: Program, x: Tensor, num_samples: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Draws of the latent sites, and their log density ``(num_samples, batch)``."""
     shape = torch.Size((num_samples, x.shape[0]))
     with unvalidated(), _with_draws(shape):
         with particles(num_samples):
@@ -619,7 +645,118 @@ def weigh(
     for name, site in latent_sites(trace).items():
         value, event = site["value"], site["fn"].event_shape
         latents[name] = value.expand(num_samples, x.shape[0], *event)
-    return joint(model, x, latents) - log_q, latents
+    return latents, log_q
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made inside, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if all(value.alias_info is None for value in func._schema.returns):
+            for made in tree_leaves(out):
+                if isinstance(made, Tensor):
+                    self.bytes = max(self.bytes, made.numel() * made.element_size())
+        return out
+
+
+class ChunkedJoint:
+    """`joint` for many draws, in portions that stay within a budget of memory and in the cache.
+
+    The size of a portion follows from the largest tensor that the model makes for one draw of all
+    rows. Where that one is beyond the budget itself, portions of the rows are taken, if the model
+    is seen to give the same for them. The same portions come again and again: they are run as a
+    graph where that pays, see `ppvae.graphs.Repeated`.
+
+    For code that provides the contexts of `judging` itself, without gradients.
+
+    Args:
+        model: A Pyro model.
+        x: Rows.
+        draws: One draw or more of the latent sites, ``(num_samples, batch, *event)`` by site, of
+            the kind that it will be called with.
+        num_samples: How many draws will come in all.
+    """
+
+    def __init__(
+        self, model: Program, x: Tensor, draws: Mapping[str, Tensor], num_samples: int
+    ) -> None:
+        self._model, self._x, self._names = model, x, list(draws)
+        first = {name: z[:1] for name, z in draws.items()}
+        with forked_rng(0, x.device), _Largest() as largest:
+            whole = joint(model, x, first)
+        budget = _chunk_bytes(x)
+        self.draws = max(1, budget // max(largest.bytes, 1))
+        pieces = min(len(x), -(-largest.bytes // budget))
+        self.rows = self._row_portions(first, whole, -(-len(x) // pieces))
+        calls = -(-num_samples // self.draws) * len(self.rows)
+        self._evaluate = Repeated(self._portion, calls)
+
+    def _row_portions(
+        self, first: Mapping[str, Tensor], whole: Tensor, most: int
+    ) -> list[slice | None]:
+        """Portions of the rows; `None` for all, where a model has to have them together."""
+        if most >= len(self._x):
+            return [None]
+        portions = [slice(i, i + most) for i in range(0, len(self._x), most)]
+        try:
+            with forked_rng(0, self._x.device):
+                parts = [
+                    joint(self._model, self._x[rows], {n: z[:, rows] for n, z in first.items()})
+                    for rows in portions
+                ]
+        except (RuntimeError, ValueError, IndexError):
+            return [None]
+        return [None] if bool(_far(whole, torch.cat(parts, dim=1)).any()) else [*portions]
+
+    def _portion(self, x: Tensor, *values: Tensor) -> list[Tensor]:
+        return [joint(self._model, x, dict(zip(self._names, values, strict=True)))]
+
+    def __call__(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Log joint densities ``(num_samples, batch)`` of draws of all latent sites."""
+        count = len(next(iter(latents.values())))
+        parts = []
+        for start in range(0, count, self.draws):
+            values = [latents[name][start : start + self.draws] for name in self._names]
+            across = [
+                self._evaluate(self._x, *values)[0]
+                if rows is None
+                else self._evaluate(self._x[rows], *(v[:, rows] for v in values))[0]
+                for rows in self.rows
+            ]
+            parts.append(across[0] if len(across) == 1 else torch.cat(across, dim=1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def weighed(model: Program, guide: Program, x: Tensor, num_samples: int) -> Iterator[Tensor]:
+    """`log_weights` without its checks and contexts, some draws at a time.
+
+    Yields:
+        ``(draws, batch)``; the draws add up to ``num_samples``. However many these are, memory is
+        that of a few evaluations of the pair, within a budget.
+    """
+    small = num_samples * len(x) * max(64, x[0].numel()) * x.element_size()
+    if small <= _chunk_bytes(x):
+        yield weigh(model, guide, x, num_samples)[0]
+        return
+    with forked_rng(0, x.device), _Largest() as largest:
+        some, _ = _guided(guide, x, 2)
+    density = ChunkedJoint(model, x, some, num_samples)
+    del some
+    # Draws of a guide are small beside what the model makes of them: its networks run seldom.
+    budget = max(4 * _ELEMENTS, _chunk_bytes(x))
+    most = max(
+        1, min(max(draw_chunks(num_samples, x)[0], density.draws), 2 * budget // largest.bytes)
+    )
+    if most > density.draws:
+        most -= most % density.draws
+    for start in range(0, num_samples, most):
+        latents, log_q = _guided(guide, x, min(most, num_samples - start))
+        yield density(latents) - log_q
 
 
 def prior_draws(model: Program, x: Tensor, num_samples: int) -> dict[str, Tensor]:
@@ -779,14 +916,17 @@ def log_weights(
     check_count("num_samples", num_samples)
     with judging(seed, x, model, guide), torch.no_grad():
         check_pair(model, guide, x)
-        parts = [weigh(model, guide, x, size)[0] for size in draw_chunks(num_samples, x)]
-        return torch.cat(parts)
+        return torch.cat(list(weighed(model, guide, x, num_samples)))
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Refuse a count below ``least``."""
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}.")
+
+
+def _chunk_bytes(x: Tensor) -> int:
+    return _CHUNK_BYTES.get(x.device.type, _CHUNK_BYTES["cpu"])
 
 
 def draw_chunks(num_samples: int, x: Tensor) -> list[int]:

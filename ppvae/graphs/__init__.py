@@ -5,6 +5,7 @@ Nothing here knows of Pyro. What runs a pair enters here as a function of tensor
 
 from ppvae.graphs.capturing import Graph, NotCapturableError, capture, capturing
 from ppvae.graphs.checking import far_apart
+from ppvae.graphs.repeating import Repeated
 from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, replayed
 from ppvae.graphs.watching import Watch
 
@@ -12,6 +13,7 @@ __all__ = [
     "CompileError",
     "Graph",
     "NotCapturableError",
+    "Repeated",
     "Runner",
     "Watch",
     "capture",
