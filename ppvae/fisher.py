@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ppvae.families import (
     split_sites,
 )
 from ppvae.isolation import forked_rng
+from ppvae.natural import GaussianElbo
 
 _LEARNING_RATE = 0.05
 _ADAM_DRAWS = 32
@@ -54,11 +55,20 @@ class LocalElbo:
         model: A Pyro model.
         families: The family of each latent site.
         num_draws: Draws per row and evaluation.
+        rows: How many rows will be fitted in all, where that is known.
     """
 
     model: Program
     families: Mapping[str, Family]
     num_draws: int
+    rows: int = 0
+    _gaussian: list[GaussianElbo] = field(default_factory=list, init=False, repr=False)
+
+    def gaussian(self, like: Tensor) -> GaussianElbo:
+        """The same objective for Gaussian families, one object for all portions of the rows."""
+        if not self._gaussian:
+            self._gaussian.append(GaussianElbo(self.model, self.families, like, self.rows))
+        return self._gaussian[0]
 
     def log_weights(
         self, x: Tensor, params: Tensor, num_draws: int, *, still: bool = False

@@ -173,7 +173,7 @@ def fit_per_datapoint(
         size = sum(f.size for f in families.values())
         gaussian = all(isinstance(f, GaussianFamily) for f in families.values())
         wanted = num_draws if gaussian else 2 * num_draws
-        elbo = LocalElbo(model, families, _enough_draws(wanted, size))
+        elbo = LocalElbo(model, families, _enough_draws(wanted, size), len(x))
         parts = []
         with unvalidated():  # A row that strays must not stop the others.
             small = gaussian or _is_scalar(families)
@@ -449,7 +449,7 @@ def _fit_gaussians(
     elbo: LocalElbo, x: Tensor, starts: list[Tensor], max_steps: int, tolerance: float
 ) -> Ends:
     """One climb for each row, and others where a look at single points finds other modes."""
-    local = GaussianElbo(elbo.model, elbo.families, starts[0])
+    local = elbo.gaussian(starts[0])
 
     def climb(rows: Tensor, loc: Tensor, tril: Tensor) -> Climb:
         return natural_ascent(local, x[rows], loc, tril, elbo.num_draws, max_steps, tolerance)

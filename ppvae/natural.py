@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ppvae.density import Program, joint
 from ppvae.families import Family, GaussianFamily
+from ppvae.graphs import Repeated
 
 # Search ends for a row when it promises less than this, in nats; polishing does the rest.
 _SEARCH_GAIN = 1e-2
@@ -36,6 +37,8 @@ _FEW_NODES, _MANY_NODES = 12, 32
 _MISLED = 0.1
 # Farther out the weights are below 1e-9, and a model may overflow.
 _FARTHEST_NODE = 6.5
+# Evaluations of a row, all told: what a graph of them may hope for.
+_EXPECTED_STEPS = 8
 # Numbers in a temporary of one evaluation: this many stay in a core's cache.
 _CACHED = 2**20
 # Fewer rows than this cost as much time in calls as in arithmetic.
@@ -117,10 +120,22 @@ class GaussianState:
 
 
 class GaussianElbo:
-    """The local ELBO of a model over Gaussians of a given structure."""
+    """The local ELBO of a model over Gaussians of a given structure.
 
-    def __init__(self, model: Program, families: Mapping[str, Family], like: Tensor) -> None:
+    Args:
+        model: A Pyro model, which stays as it is while this object is in use.
+        families: `GaussianFamily` by latent site.
+        like: A tensor of the dtype and device to work in.
+        rows: How many rows it will be evaluated for in all; where they are many, evaluations run
+            as a graph (`ppvae.graphs.Repeated`).
+    """
+
+    def __init__(
+        self, model: Program, families: Mapping[str, Family], like: Tensor, rows: int = 0
+    ) -> None:
         self.model = model
+        self._rows = rows
+        self._repeated: Repeated | None = None
         self.families: dict[str, GaussianFamily] = {}
         blocks: list[Tensor] = []
         for name, family in families.items():
@@ -217,11 +232,13 @@ class GaussianElbo:
         """
         noise, weight = nodes
         most = self.chunk(x, len(noise))
+        if self._repeated is None:
+            self._repeated = Repeated(self.moments, _EXPECTED_STEPS * self._rows // most)
         parts = []
         for at in range(0, len(x), most):
             rows = slice(at, at + most)
             (own, mean, root), count = _filled((x[rows], loc[rows], tril[rows]), most)
-            moments = self.moments(own, mean, root, noise, weight)
+            moments = self._repeated(own, mean, root, noise, weight)
             parts.append([part[:count] for part in moments])
         columns = parts[0] if len(parts) == 1 else [torch.cat(c) for c in zip(*parts, strict=True)]
         return GaussianState(loc, tril, *columns)

@@ -102,10 +102,13 @@ def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
 
     if _State.active:
         raise NotCapturableError("it captures a function itself")
+    def plain(*own: Tensor) -> Sequence[Tensor]:  # Of a method torch would count `self` too.
+        return function(*own)
+
     _State.active = True
     try:
         with _Values(), _quiet():
-            return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            return make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     except NotCapturableError:
         raise
     except Exception as error:
