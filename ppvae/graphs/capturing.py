@@ -165,6 +165,15 @@ class _Values(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node changes a tensor or a random generator, so that it stays though unused."""
+    if node.op != "call_function":
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
 def _lifted(module: fx.GraphModule, num_inputs: int) -> Graph:
     """Make what the graph holds its last inputs."""
     graph = module.graph
@@ -183,5 +192,12 @@ def _lifted(module: fx.GraphModule, num_inputs: int) -> Graph:
             held.append(tensor)
         node.replace_all_uses_with(nodes[id(tensor)])
         graph.erase_node(node)
+    graph.eliminate_dead_code(_has_effect)
+    used = []
+    for tensor in held:
+        if nodes[id(tensor)].users:
+            used.append(tensor)
+        else:
+            graph.erase_node(nodes[id(tensor)])
     module.recompile()
-    return Graph(module, tuple(held), num_inputs)
+    return Graph(module, tuple(used), num_inputs)
