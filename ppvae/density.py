@@ -535,7 +535,7 @@ def _site_log_prob(site: dict[str, Any], *, observed: bool) -> Tensor:
 
 def log_density(fn: Any, value: Tensor) -> Tensor:
     """The log density of a distribution, −inf where a value lies outside of its support."""
-    if not hasattr(fn, "support"):
+    if not hasattr(fn, "support") or _is_everywhere(fn.support):
         return torch.as_tensor(fn.log_prob(value))
     inside = fn.support.check(value)
     if not capturing() and bool(inside.all()):
@@ -543,6 +543,13 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
     where = inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim()))
     safe = torch.where(where, value, _anywhere_inside(fn, value))
     return torch.as_tensor(fn.log_prob(safe)).masked_fill(~inside, -torch.inf)
+
+
+def _is_everywhere(support: Any) -> bool:
+    """Whether a support holds all real numbers, so that there is nothing to check."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
 
 
 def _anywhere_inside(fn: Any, value: Tensor) -> Tensor:
