@@ -204,8 +204,11 @@ def test_a_compiled_portion_gives_the_weights_of_plain_calls(pair, portions, mon
 
 
 MEMORY = """
-import resource, sys, torch, ppvae
+import math, resource, sys, torch, ppvae
 from ppvae import pairs
+from ppvae.graphs import repeating
+# What torch loads to make a graph is beside the point here.
+repeating._CAPTURE_SECONDS = repeating._COMPILE_SECONDS = math.inf
 torch.manual_seed(0)
 model, guide = pairs.vae(64, 4, [32])
 x = (torch.rand(1000, 64) < 0.3).float()
@@ -228,9 +231,8 @@ def test_memory_is_within_its_budget_and_does_not_grow_with_the_draws():
                 text=True,
             ).stdout
         )
-        for draws in (500, 50_000)
+        for draws in (500, 20_000)
     )
-    # A dozen of the largest tensors, and libraries that are loaded meanwhile; the weights alone
-    # would be 190 MiB.
-    assert few < 12 * 6.4
-    assert many < few + 2 * 6.4 + (90 if many > 90 else 0)
+    # The largest tensor has 6.1 MiB. The weights of all draws would have 76.
+    assert 6.1 < few < 10 * 6.1
+    assert many < few + 3 * 6.1
