@@ -25,8 +25,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 from ppvae.graphs import Repeated, capturing
 from ppvae.isolation import check_rows, evaluation_mode, forked_rng, private_store, unvalidated
@@ -559,7 +558,12 @@ def _anywhere_inside(fn: Any, value: Tensor) -> Tensor:
     """
     if bool(getattr(fn.support, "is_discrete", False)):
         return torch.zeros_like(value)
-    transform = biject_to(fn.support)
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError:
+        if capturing():
+            raise
+        return torch.as_tensor(fn.sample()).expand_as(value)
     return transform(value.new_zeros(transform.inverse_shape(value.shape))).expand_as(value)
 
 
@@ -655,19 +659,20 @@ def _guided(guide: Program, x: Tensor, num_samples: int) -> tuple[dict[str, Tens
     return latents, log_q
 
 
-class _Largest(TorchDispatchMode):
+class _Largest(TorchFunctionMode):
     """Notes the bytes of the largest tensor that is made inside, views left out."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = 0
+        super().__init__()
+        self.bytes = 1
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if all(value.alias_info is None for value in func._schema.returns):
-            for made in tree_leaves(out):
-                if isinstance(made, Tensor):
-                    self.bytes = max(self.bytes, made.numel() * made.element_size())
+        if isinstance(out, Tensor):
+            given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+            memory = out.untyped_storage()
+            if memory.data_ptr() not in given:
+                self.bytes = max(self.bytes, memory.nbytes())
         return out
 
 
@@ -697,7 +702,7 @@ class ChunkedJoint:
         with forked_rng(0, x.device), _Largest() as largest:
             whole = joint(model, x, first)
         budget = _chunk_bytes(x)
-        self.draws = max(1, budget // max(largest.bytes, 1))
+        self.draws = max(1, budget // largest.bytes)
         pieces = min(len(x), -(-largest.bytes // budget))
         self.rows = self._row_portions(first, whole, -(-len(x) // pieces))
         calls = -(-num_samples // self.draws) * len(self.rows)
