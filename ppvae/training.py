@@ -40,6 +40,7 @@ from ppvae.isolation import (
     seconds_now,
 )
 from ppvae.objectives import BetaELBO, Objective
+from ppvae.precision import Precision, check_precision, lowered
 
 # A diverged run goes back to the last state kept; one is kept this often, in steps.
 _KEEP_EVERY = 100
@@ -94,6 +95,7 @@ def fit(
     lr: float = 1e-3,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    precision: Precision | None = None,
     compile: Mode = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -127,6 +129,11 @@ def fit(
         lr: Adam's learning rate.
         device: Where to train; where the modules are, if left out.
         dtype: Floating point type to train in; that of the modules, if left out.
+        precision: How matrices are multiplied while training. ``"tf32"``: float32 ones by the
+            TF32 of CUDA devices. ``"bf16"``: the linear layers and convolutions of the networks
+            in bfloat16, each of which hands back float32, so that latents, densities and their
+            sums are in float32; flows are left alone. `None` changes nothing. Torch's settings
+            are afterwards what they were, and the modules are in float32 all along.
         compile: Whether a step runs as one graph, as in `ppvae.SVI`: `True` from the second
             on, compiled; ``"auto"`` once the steps to come pay for it; `False` never. The result
             is the same, to rounding.
@@ -158,6 +165,7 @@ def fit(
     for module in modules:
         module.to(device=device, dtype=dtype)
     where = torch.device(device or device_of(*modules) or "cpu")
+    check_precision(precision, where)
     _check_loss(loss)
     began = seconds_now(where)
     with private_store(keep_bare=True), forked_rng(seed, where), without_warnings():
@@ -173,7 +181,8 @@ def fit(
                 _check_families(model, guide, first)
             loss = _default_loss(guide, first) if loss is None else loss
         run = Run(model, guide, loss, lr, num_data, compile)
-        status, completed = run.train(_chain(first, rows, batches), steps, progress)
+        with lowered(precision, where, model, guide):
+            status, completed = run.train(_chain(first, rows, batches), steps, progress)
     return Fit(
         losses=torch.tensor(run.losses),
         elapsed=torch.tensor(run.clock, dtype=torch.float64) - began,

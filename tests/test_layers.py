@@ -41,6 +41,7 @@ ROWS = [
     "pairs",
     "objectives",
     "compiled",
+    "precision",
     "training",
     "descent",
     "reconstruction",
