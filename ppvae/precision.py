@@ -42,8 +42,7 @@ def check_precision(precision: Any, device: torch.device) -> None:
     if precision == "tf32" and device.type != "cuda":
         raise ValueError(
             f'precision: "tf32" is a way in which CUDA devices multiply; this runs on {device}. '
-            f"Leave precision out, or pass device="
-            '"cuda".'
+            f'Leave precision out, or pass device="cuda".'
         )
 
 
@@ -69,9 +68,11 @@ def lowered(
 @contextmanager
 def tensor_float32() -> Iterator[None]:
     """Inside, CUDA multiplies float32 matrices, and convolves, with 10 bits of mantissa."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     # Torch has two sets of names for this, and refuses to read one after the other was written.
-    places = [p for p in (matmul, cudnn.conv, cudnn.rnn) if hasattr(p, "fp32_precision")]
+    parts: list[Any] = [matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)]
+    places = [part for part in parts if hasattr(part, "fp32_precision")]
     named = [(place, place.fp32_precision) for place in places]
     flags = [(place, _flag(place)) for place in (matmul, cudnn)]
     try:
@@ -114,11 +115,11 @@ def bfloat16_layers(device: torch.device, *programs: Any) -> Iterator[None]:
             'precision: "bf16" is for linear layers and convolutions of torch.nn; model and '
             "guide have none. Leave precision out."
         )
-    other = next((p.dtype for x in layers for p in x.parameters() if p.dtype != torch.float32), None)
-    if other is not None:
+    others = {p.dtype for layer in layers for p in layer.parameters()} - {torch.float32}
+    if others:
         raise ValueError(
-            f'precision: "bf16" lowers layers in float32; got one in {other}. Leave precision '
-            f"out, or pass dtype=torch.float32."
+            f'precision: "bf16" lowers layers in float32; got some in {others.pop()}. Leave '
+            f"precision out, or pass dtype=torch.float32."
         )
     for layer in layers:
         vars(layer)["forward"] = functools.partial(_lower, layer.forward, device.type)

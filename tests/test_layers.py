@@ -42,6 +42,7 @@ ROWS = [
     "objectives",
     "compiled",
     "precision",
+    "feeding",
     "training",
     "descent",
     "reconstruction",
