@@ -3,8 +3,9 @@
 Nothing here knows of Pyro. What runs a pair enters here as a function of tensors.
 """
 
-from ppvae.graphs.capturing import Graph, NotCapturableError, capture, capturing
-from ppvae.graphs.checking import far_apart
+from ppvae.graphs.capturing import Graph, NotCapturableError, Values, capture, capturing
+from ppvae.graphs.checking import far_apart, rounding_of
+from ppvae.graphs.recording import not_recordable
 from ppvae.graphs.repeating import Repeated
 from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, replayed
 from ppvae.graphs.watching import Watch
@@ -15,11 +16,14 @@ __all__ = [
     "NotCapturableError",
     "Repeated",
     "Runner",
+    "Values",
     "Watch",
     "capture",
     "capturing",
     "compiled",
     "cuda_graph",
     "far_apart",
+    "not_recordable",
     "replayed",
+    "rounding_of",
 ]
