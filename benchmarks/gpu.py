@@ -86,7 +86,9 @@ def training(images, options):
     return (
         f"## Training\n\n{options.epochs:,} epochs at batch {options.batch_size}, "
         f"{record.steps:,} steps: {record.seconds / 60:.1f} minutes, "
-        f"{record.seconds / record.steps * 1e6:,.0f} µs a step. ELBO of {len(images.test):,} test images {value:.2f} ± {error:.2f} nats.\n\n"
+        f"{record.seconds / record.steps * 1e6:,.0f} µs a step, with "
+        f"all that came before. ELBO of {len(images.test):,} test images {value:.2f} ± "
+        f"{error:.2f} nats.\n\n"
         f"```\n{record.compile_report}\n```"
     )
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from ppvae import SVI, graphs, objectives, pairs
 from ppvae.compiled import stepping
 from ppvae.compiled.evaluating import capturable
+from ppvae.families import FullRankNormal, named
 from ppvae.graphs import CompileError, Values, running
 from ppvae.isolation import private_store
 
@@ -190,6 +191,21 @@ def _on_fake_cuda(function):
 def test_what_the_cpu_computes_is_frozen_only_where_it_is_constant(function, words):
     reason = graphs.not_recordable(_on_fake_cuda(function))
     assert (reason is None) if words is None else (words in reason)
+
+
+def test_a_full_covariance_brings_its_places_to_a_device_once(monkeypatch):
+    """The device is torch's meta device, which holds no data and can stand for any other."""
+    known = {}
+    monkeypatch.setattr(named, "_ON_DEVICE", known)
+    params = torch.zeros(2, 9, device="meta")
+    for _ in range(2):
+        loc, tril = FullRankNormal(3).gaussian(params)
+        assert tril.device == loc.device == params.device
+    assert len(known) == 1
+    assert FullRankNormal(3).from_gaussian(loc, tril).shape == params.shape
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        FullRankNormal(2).gaussian(torch.zeros(2, 5, device="cuda"))
+    assert len(known) == 1  # Without data they would be of no use to anyone else.
 
 
 def _to_fake_cuda(mode, *modules):
