@@ -105,6 +105,7 @@ def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
 
     if _State.active:
         raise NotCapturableError("it captures a function itself")
+
     def plain(*own: Tensor) -> Sequence[Tensor]:  # Of a method torch would count `self` too.
         return function(*own)
 
