@@ -203,8 +203,9 @@ def test_a_full_covariance_brings_its_places_to_a_device_once(monkeypatch):
         assert tril.device == loc.device == params.device
     assert len(known) == 1
     assert FullRankNormal(3).from_gaussian(loc, tril).shape == params.shape
+    family = FullRankNormal(2)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        FullRankNormal(2).gaussian(torch.zeros(2, 5, device="cuda"))
+        family.gaussian(torch.zeros(2, 5, device="cuda"))
     assert len(known) == 1  # Without data they would be of no use to anyone else.
 
 
