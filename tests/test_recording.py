@@ -17,7 +17,7 @@ from ppvae import SVI, graphs, objectives, pairs
 from ppvae.compiled import stepping
 from ppvae.compiled.evaluating import capturable
 from ppvae.families import FullRankNormal, named
-from ppvae.graphs import CompileError, Values, running
+from ppvae.graphs import CompileError, running
 from ppvae.isolation import private_store
 
 OBJECTIVES = {
@@ -226,15 +226,22 @@ def _to_fake_cuda(mode, *modules):
 
 
 @pytest.mark.parametrize("name", pairs.__all__)
-def test_a_loss_on_a_device_uses_nothing_of_the_cpu_and_waits_for_nothing(name):
+def test_a_loss_on_a_device_waits_for_nothing_and_can_be_recorded(name):
     """The forward pass: the gradients of fake CUDA tensors need a CUDA device."""
     model, guide = getattr(pairs, name)()
     with private_store():
         rows = model(size=4)
     rows = (rows[0] if isinstance(rows, tuple) else rows).detach()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        x = torch.zeros(rows.shape, device="cuda")
+        there = _to_fake_cuda(mode, model, guide)
     for loss in OBJECTIVES.get(name, DEFAULT):
-        with mode, private_store(), capturable(), Values():
-            there = _to_fake_cuda(mode, model, guide)
-            x = torch.zeros(rows.shape, device="cuda")
-            assert loss.differentiable_loss(*there, x).device.type == "cuda"
+
+        def value(x, loss=loss):
+            with private_store(), capturable():
+                return [loss.differentiable_loss(*there, x).detach()]
+
+        graph = graphs.capture(value, [x])
+        assert {tensor.device.type for tensor in graph.held} >= {"cuda"}
+        assert graphs.not_recordable(graph) is None

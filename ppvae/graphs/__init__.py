@@ -3,7 +3,7 @@
 Nothing here knows of Pyro. What runs a pair enters here as a function of tensors.
 """
 
-from ppvae.graphs.capturing import Graph, NotCapturableError, Values, capture, capturing
+from ppvae.graphs.capturing import Graph, NotCapturableError, capture, capturing
 from ppvae.graphs.checking import far_apart, rounding_of
 from ppvae.graphs.recording import not_recordable
 from ppvae.graphs.repeating import Repeated
@@ -16,7 +16,6 @@ __all__ = [
     "NotCapturableError",
     "Repeated",
     "Runner",
-    "Values",
     "Watch",
     "capture",
     "capturing",

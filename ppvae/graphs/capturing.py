@@ -111,7 +111,7 @@ def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
 
     _State.active = True
     try:
-        with Values(), _quiet():
+        with _Values(), _quiet():
             return make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     except NotCapturableError:
         raise
@@ -144,7 +144,7 @@ def _quiet() -> Iterator[None]:
         logger.disabled = before
 
 
-class Values(TorchFunctionMode):
+class _Values(TorchFunctionMode):
     """What asks for values while a function is captured.
 
     ``item`` gives the detached tensor, of which sums and products are what they are of the
