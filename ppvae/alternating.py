@@ -17,6 +17,7 @@ from torch import Tensor
 from ppvae.compiled.updates import RowAdam
 from ppvae.density import Program, check_count, check_pair, read_model
 from ppvae.families import Family, GaussianFamily
+from ppvae.feeding import Batches, tensor_batches
 from ppvae.fisher import LocalElbo
 from ppvae.guides import PerDatapoint
 from ppvae.isolation import (
@@ -30,7 +31,7 @@ from ppvae.isolation import (
 from ppvae.local import by_site
 from ppvae.natural import GaussianElbo, whitened_draws
 from ppvae.objectives import BetaELBO
-from ppvae.training import Batches, Run, tensor_batches, without_warnings
+from ppvae.training import Run, without_warnings
 
 _DRAWS = 16
 # The part of a full natural-gradient step that is taken: the rest averages over draws.

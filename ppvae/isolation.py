@@ -91,7 +91,9 @@ def forked_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         device: The device whose generator is used beside the CPU's.
     """
     device = torch.device(device)
-    cuda = [device.index or 0] if device.type == "cuda" else []
+    cuda = []
+    if device.type == "cuda":
+        cuda = [torch.cuda.current_device() if device.index is None else device.index]
     with torch.random.fork_rng(devices=cuda):
         # torch.manual_seed would queue a seed for every CUDA device, in use or not.
         torch.default_generator.manual_seed(seed)

@@ -27,6 +27,7 @@ from ppvae.density import (
     read_model,
     shared_latents,
 )
+from ppvae.feeding import Batches, CudaTransfer, fits, loader_batches, tensor_batches
 from ppvae.graphs import Watch
 from ppvae.guides import Amortized, PerDatapoint
 from ppvae.isolation import (
@@ -40,6 +41,7 @@ from ppvae.isolation import (
     seconds_now,
 )
 from ppvae.objectives import BetaELBO, Objective
+from ppvae.precision import Precision, check_precision, lowered
 
 # A diverged run goes back to the last state kept; one is kept this often, in steps.
 _KEEP_EVERY = 100
@@ -79,10 +81,6 @@ class Fit:
         )
 
 
-Batches = Iterator[tuple[Tensor, Tensor | None]]
-"""Minibatches, each with the numbers of its rows where they are known."""
-
-
 def fit(
     model: Program,
     guide: Program,
@@ -94,6 +92,7 @@ def fit(
     lr: float = 1e-3,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    precision: Precision | None = None,
     compile: Mode = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -125,8 +124,16 @@ def fit(
         steps: Number of steps.
         batch_size: Rows per step; at most all of them. A `DataLoader` brings its own.
         lr: Adam's learning rate.
-        device: Where to train; where the modules are, if left out.
+        device: Where to train; where the modules are, if left out. On a CUDA device the rows of
+            a tensor stay there all along if they take no more than half of its free memory;
+            otherwise, and those of a `DataLoader`, they are copied from pinned memory while the
+            step before is running. The order of rows and the draws are the same.
         dtype: Floating point type to train in; that of the modules, if left out.
+        precision: How matrices are multiplied while training. ``"tf32"``: float32 ones by the
+            TF32 of CUDA devices. ``"bf16"``: the linear layers and convolutions of the networks
+            in bfloat16, each of which hands back float32, so that latents, densities and their
+            sums are in float32; flows are left alone. `None` changes nothing. Torch's settings
+            are afterwards what they were, and the modules are in float32 all along.
         compile: Whether a step runs as one graph, as in `ppvae.SVI`: `True` from the second
             on, compiled; ``"auto"`` once the steps to come pay for it; `False` never. The result
             is the same, to rounding.
@@ -158,6 +165,7 @@ def fit(
     for module in modules:
         module.to(device=device, dtype=dtype)
     where = torch.device(device or device_of(*modules) or "cpu")
+    check_precision(precision, where)
     _check_loss(loss)
     began = seconds_now(where)
     with private_store(keep_bare=True), forked_rng(seed, where), without_warnings():
@@ -173,7 +181,8 @@ def fit(
                 _check_families(model, guide, first)
             loss = _default_loss(guide, first) if loss is None else loss
         run = Run(model, guide, loss, lr, num_data, compile)
-        status, completed = run.train(_chain(first, rows, batches), steps, progress)
+        with lowered(precision, where, model, guide):
+            status, completed = run.train(_chain(first, rows, batches), steps, progress)
     return Fit(
         losses=torch.tensor(run.losses),
         elapsed=torch.tensor(run.clock, dtype=torch.float64) - began,
@@ -259,9 +268,15 @@ def _batches(
     guide: Program,
 ) -> Batches:
     """Minibatches without end, each with the numbers of its rows where they are known."""
+    target = None if device is None else torch.device(device)
     if isinstance(x, Tensor):
         # Rows drawn from a model may still hang on its parameters.
-        x = x.detach() if device is None else x.detach().to(device)
+        x = x.detach()
+        if target is not None and not fits(x, target):
+            x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
+            check_rows(x)
+            return tensor_batches(x, batch_size, CudaTransfer(target))
+        x = x if target is None else x.to(target)
         x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
         check_rows(x, *modules)
         return tensor_batches(x, batch_size)
@@ -275,33 +290,9 @@ def _batches(
             raise ValueError("x is a data set without items: expected at least one row.")
         # A short last batch would weigh its rows more than the others.
         x = DataLoader(x, batch_size=min(batch_size, len(x)), shuffle=True, drop_last=True)
-    return _loader_batches(x, device, dtype, modules)
-
-
-def tensor_batches(x: Tensor, batch_size: int) -> Batches:
-    """Minibatches of rows without end, each with its rows' numbers, in a fresh order per pass."""
-    size = min(batch_size, len(x))
-    while True:
-        order = torch.randperm(len(x)).to(x.device)
-        for at in range(0, len(x) - size + 1, size):
-            rows = order[at : at + size]
-            yield x[rows], rows
-
-
-def _loader_batches(
-    loader: DataLoader[Any], device: Any, dtype: Any, modules: list[nn.Module]
-) -> Batches:
-    while True:
-        empty = True
-        for item in loader:
-            empty = False
-            rows = item[0] if isinstance(item, (tuple, list)) else item
-            rows = rows.to(device=device) if device is not None else rows
-            rows = rows.to(dtype) if dtype is not None and rows.is_floating_point() else rows
-            check_rows(rows, *modules)
-            yield rows, None
-        if empty:
-            raise ValueError("x is a DataLoader without batches: expected at least one.")
+    streams = target is not None and target.type == "cuda"
+    transfer = CudaTransfer(target) if target is not None and streams else None
+    return loader_batches(x, target, dtype, modules, transfer)
 
 
 class _DivergedError(Exception):

@@ -160,3 +160,15 @@ def test_the_command_writes_its_table(
     assert "failed" not in text
     assert "differs" not in text
     assert len(re.findall(r"^\| .*\d", text, flags=re.MULTILINE)) >= rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_of_devices_says_that_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    gpu.main()
+    assert "no CUDA device here: nothing was run" in capsys.readouterr().out

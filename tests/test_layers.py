@@ -41,6 +41,8 @@ ROWS = [
     "pairs",
     "objectives",
     "compiled",
+    "precision",
+    "feeding",
     "training",
     "descent",
     "reconstruction",

@@ -210,7 +210,9 @@ class Captured:
         if not bool(go):
             return None  # The eager step that follows is for Pyro to judge.
         return graphs.far_apart(
-            [*losses, *(g for g in expected if g is not None)], [*found, *gradients]
+            [*losses, *(g for g in expected if g is not None)],
+            [*found, *gradients],
+            graphs.rounding_of(self.graph),
         )
 
 

@@ -260,8 +260,7 @@ class Stepper:
         why = "Its first step gave the loss and the gradients of an eager one."
         if captured.device.type == "cuda":
             try:
-                held = captured.graph.held
-                runner = graphs.cuda_graph(runner, captured.inputs(tensors), held)
+                runner = graphs.cuda_graph(runner, captured.graph, captured.inputs(tensors))
                 tier += " in a CUDA graph"
             except CompileError as reason:
                 why += f" Its kernels are launched one by one: {reason}."
@@ -294,8 +293,8 @@ def _signature(
         spec,
         tuple(map(_described, leaves)),
         torch.get_default_dtype(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
     )
     try:
         hash(key)

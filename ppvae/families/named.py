@@ -54,6 +54,10 @@ class DiagonalNormal(DiagonalGaussian):
         return self._join(normal.loc, torch.log(normal.scale))
 
 
+# Not held by the families, which may be saved on one machine and loaded on another.
+_ON_DEVICE: dict[tuple[tuple[tuple[int, ...], ...], torch.device], tuple[Tensor, Tensor]] = {}
+
+
 class BlockNormal(GaussianFamily):
     r"""Structured mean field: a Gaussian with independent blocks.
 
@@ -104,6 +108,18 @@ class BlockNormal(GaussianFamily):
         """Size of a row of parameters."""
         return 2 * self.size + len(self._rows)
 
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row and column of each element of the factor below its diagonal."""
+        own = self._rows, self._columns
+        if device.type == "cpu":
+            return own
+        # Copied once: a copy from the CPU waits for the device, and no CUDA graph can hold it.
+        key = self.blocks, device
+        found = _ON_DEVICE.get(key) or (own[0].to(device), own[1].to(device))
+        if type(found[0]) is Tensor:  # Not one without data, in which a graph is captured.
+            _ON_DEVICE[key] = found
+        return found
+
     def _build(self, params: Tensor) -> Any:
         loc, tril = self.gaussian(params)
         return dist.MultivariateNormal(loc, scale_tril=tril)
@@ -119,13 +135,15 @@ class BlockNormal(GaussianFamily):
         loc, log_diagonal, rest = params.split([d, d, len(self._rows)], dim=-1)
         tril = torch.diag_embed(torch.exp(log_diagonal))
         below = torch.zeros_like(tril)
-        below[..., self._rows, self._columns] = rest
+        rows, columns = self._places(params.device)
+        below[..., rows, columns] = rest
         return loc, tril + below
 
     def from_gaussian(self, loc: Tensor, tril: Tensor) -> Tensor:
         """λ of a mean and a Cholesky factor."""
         diagonal = torch.diagonal(tril, dim1=-2, dim2=-1)
-        rest = tril[..., self._rows, self._columns]
+        rows, columns = self._places(tril.device)
+        rest = tril[..., rows, columns]
         return torch.cat([loc, torch.log(diagonal), rest], dim=-1)
 
     def __repr__(self) -> str:

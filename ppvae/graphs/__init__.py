@@ -4,7 +4,8 @@ Nothing here knows of Pyro. What runs a pair enters here as a function of tensor
 """
 
 from ppvae.graphs.capturing import Graph, NotCapturableError, capture, capturing
-from ppvae.graphs.checking import far_apart
+from ppvae.graphs.checking import far_apart, rounding_of
+from ppvae.graphs.recording import not_recordable
 from ppvae.graphs.repeating import Repeated
 from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, replayed
 from ppvae.graphs.watching import Watch
@@ -21,5 +22,7 @@ __all__ = [
     "compiled",
     "cuda_graph",
     "far_apart",
+    "not_recordable",
     "replayed",
+    "rounding_of",
 ]

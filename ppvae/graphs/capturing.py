@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,13 @@ class Graph:
         held: The tensors that the function used and was not given: parameters, buffers, constants.
             They are read at each call, so that changes in place are seen.
         num_inputs: How many inputs come before them.
+        fresh: Which of ``held`` the function makes anew, the same at each call: its constants.
     """
 
     module: fx.GraphModule
     held: tuple[Tensor, ...]
     num_inputs: int
+    fresh: tuple[bool, ...]
 
     @property
     def num_nodes(self) -> int:
@@ -82,7 +84,8 @@ def capture(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
         raise NotCapturableError(
             "it uses tensors made outside of torch that differ from run to run"
         )
-    return one
+    fresh = tuple(a is not b for a, b in zip(one.held, other.held, strict=True))
+    return replace(one, fresh=fresh)
 
 
 def _python_random() -> tuple[Any, ...]:
@@ -102,6 +105,7 @@ def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
 
     if _State.active:
         raise NotCapturableError("it captures a function itself")
+
     def plain(*own: Tensor) -> Sequence[Tensor]:  # Of a method torch would count `self` too.
         return function(*own)
 
@@ -200,4 +204,4 @@ def _lifted(module: fx.GraphModule, num_inputs: int) -> Graph:
         else:
             graph.erase_node(nodes[id(tensor)])
     module.recompile()
-    return Graph(module, tuple(used), num_inputs)
+    return Graph(module, tuple(used), num_inputs, (False,) * len(used))

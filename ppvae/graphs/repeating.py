@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppvae.graphs.capturing import Graph, NotCapturableError, capture
-from ppvae.graphs.checking import far_apart
+from ppvae.graphs.checking import far_apart, rounding_of
 from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, replayed
 
 # What is expected before it is measured. A replayed graph saves Python, which is a part of a call
@@ -118,7 +118,7 @@ class Repeated:
         why = "Its first outputs were those of the function."
         if inputs[0].device.type == "cuda":
             try:
-                runner = cuda_graph(runner, inputs, plan.graph.held)
+                runner = cuda_graph(runner, plan.graph, inputs)
                 tier += " in a CUDA graph"
             except CompileError as reason:
                 why += f" Its kernels are launched one by one: {reason}."
@@ -127,7 +127,7 @@ class Repeated:
             expected = self._function(*inputs)
         with torch.random.fork_rng(devices=devices):
             found = runner(*inputs)
-        gap = far_apart(expected, found)
+        gap = far_apart(expected, found, rounding_of(plan.graph))
         if gap is None:
             plan.adopt(tier, runner, why)
         else:

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from ppvae.graphs.capturing import Graph
 from ppvae.graphs.products import with_fastest_products
+from ppvae.graphs.recording import not_recordable
 
 Runner = Callable[..., Sequence[Tensor]]
 """Takes the inputs of a graph, and returns its outputs, without gradients."""
+
+# Runs before recording, in which libraries set themselves up.
+_WARM_UP = 3
 
 
 class CompileError(Exception):
@@ -67,32 +71,40 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Runner, int]:
     return run, products
 
 
-def cuda_graph(runner: Runner, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> Runner:
+def cuda_graph(runner: Runner, graph: Graph, inputs: Sequence[Tensor]) -> Runner:
     """Record what a runner does on a CUDA device, and replay it with a single launch.
 
     Args:
-        runner: A runner that does not wait for the device.
-        inputs: Inputs as it will be called with.
-        held: What it may change, which is put back after the runs that warm it up.
+        runner: A runner of the graph.
+        graph: What it runs; the tensors that it may change are put back after the runs that warm
+            it up.
+        inputs: Inputs as it will be called with, the first of them on the device.
 
     Raises:
-        CompileError: If something in it cannot be recorded.
+        CompileError: If something in it cannot be recorded, or would be frozen by that.
     """
+    reason = not_recordable(graph)
     fixed = [tensor.clone() for tensor in inputs]
+    if any(own.stride() != given.stride() for own, given in zip(fixed, inputs, strict=True)):
+        reason = "an input has elements that share memory"
+    if reason is not None:
+        raise CompileError(f"no CUDA graph: {reason}")
+    held = graph.held
     kept = [tensor.detach().clone() for tensor in held]
-    graph = torch.cuda.CUDAGraph()
+    record = torch.cuda.CUDAGraph()
     try:
-        with _undisturbed(inputs, held):
+        with torch.cuda.device(inputs[0].device), _undisturbed(inputs, held):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(3):
+                for _ in range(_WARM_UP):
                     runner(*fixed)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(record):
                 outputs = runner(*fixed)
     except RuntimeError as error:
-        raise CompileError(f"no CUDA graph: {str(error).strip().splitlines()[0]}") from error
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompileError(f"no CUDA graph: {said[0]}") from error
     finally:
         with torch.no_grad():
             for tensor, value in zip(held, kept, strict=True):
@@ -102,7 +114,8 @@ def cuda_graph(runner: Runner, inputs: Sequence[Tensor], held: Sequence[Tensor])
         with torch.no_grad():
             for own, given in zip(fixed, inputs, strict=True):
                 own.copy_(given, non_blocking=True)
-            graph.replay()
+            record.replay()
+            # The next replay writes to the same memory.
             return [out.clone() for out in outputs]
 
     return run
