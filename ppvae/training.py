@@ -36,7 +36,6 @@ from ppvae.isolation import (
     forked_rng,
     modules_of,
     private_store,
-    reachable,
     seconds_now,
 )
 from ppvae.objectives import BetaELBO, Objective
@@ -487,7 +486,7 @@ class Run(Work):
             parts.append((own, AdamUpdate(trained, [self.adam] * len(trained))))
         update = Updates(parts)
         watch = Watch(
-            reachable(self.model, self.guide, self.loss),
+            [self.model, self.guide, self.loss],
             update.places,
             ignoring=("_rows", *Objective.counters),
         )

@@ -19,7 +19,6 @@ from ppvae.compiled.reporting import CompileReport
 from ppvae.compiled.stepping import Mode, Stepper, Work
 from ppvae.compiled.updates import AdamUpdate
 from ppvae.graphs import Watch
-from ppvae.isolation import reachable
 from ppvae.objectives import Objective
 
 
@@ -109,6 +108,10 @@ class SVI(pyro.infer.SVI):
         return self._stepper.report()
 
 
+# What a step takes from its SVI.
+_PARTS = ("model", "guide", "optim", "loss", "loss_and_grads")
+
+
 class _Step(Work):
     """A step of `pyro.infer.SVI`."""
 
@@ -138,9 +141,11 @@ class _Step(Work):
             AdamUpdate.refusal(p, o) is not None for p, o in zip(params, optimizers, strict=True)
         )
         update = None if refused else AdamUpdate(params, optimizers)
+        own: list[tuple[Mapping[Any, Any], Any]] = [(vars(svi), name) for name in _PARTS]
+        own += [(optim.optim_objs, p) for p in params]
         watch = Watch(
-            [*reachable(svi.model, svi.guide, self._loss)],
-            [] if update is None else update.places,
+            [svi.model, svi.guide, self._loss],
+            [*own, *([] if update is None else update.places)],
             ignoring=Objective.counters,
         )
 
