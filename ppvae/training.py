@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ppvae.compiled.captured import Job
+from ppvae.compiled.evaluating import as_losses
 from ppvae.compiled.reporting import CompileReport
 from ppvae.compiled.stepping import Mode, Stepper, Work
 from ppvae.compiled.updates import AdamUpdate, RowAdam, Update, Updates
@@ -461,7 +462,7 @@ class Run(Work):
                 self._collect(x)
         for param in self.params:
             param.grad = None
-        total = torch.as_tensor(self._loss_and_grads(x, rows)) / self._per(x)
+        total = as_losses(self._loss_and_grads(x, rows), self.params)[0] / self._per(x)
         gradients = [p.grad for p in self.params if p.grad is not None]
         if not gradients:
             raise ValueError("Nothing to train: no parameter of model or guide has a gradient.")

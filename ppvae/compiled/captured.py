@@ -14,7 +14,7 @@ from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from ppvae import graphs
-from ppvae.compiled.evaluating import Gradients, Supported, capturable, loss_and_gradients
+from ppvae.compiled.evaluating import Gradients, Supported, as_losses, capturable, loss_and_gradients
 from ppvae.compiled.updates import Update
 from ppvae.graphs import Graph, NotCapturableError, Runner, Watch
 from ppvae.isolation import seconds_now
@@ -87,8 +87,8 @@ class Job:
             for param, grad in zip(self.params, kept, strict=True):
                 param.grad = grad
         per = 1.0 if self.per is None else self.per(args[0])
-        losses = [torch.as_tensor(v).detach() for v in (out if isinstance(out, tuple) else (out,))]
-        return [v / per for v in losses], [None if g is None else g / per for g in gradients]
+        losses = [loss / per for loss in as_losses(out, self.params)]
+        return losses, [None if g is None else g / per for g in gradients]
 
 
 class UnsupportedObjectiveError(NotCapturableError):

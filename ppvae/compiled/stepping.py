@@ -135,6 +135,11 @@ class Stepper:
         self._taken = 0
         self._warned: set[str] = set()
 
+    @property
+    def params(self) -> list[Tensor]:
+        """What the last eager step trained."""
+        return self._work.params
+
     def report(self) -> CompileReport:
         """How steps ran until now."""
         return CompileReport(tuple(plan.report() for plan in self._plans.values()))

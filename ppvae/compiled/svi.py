@@ -15,6 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ppvae.compiled.captured import Job
+from ppvae.compiled.evaluating import as_losses
 from ppvae.compiled.reporting import CompileReport
 from ppvae.compiled.stepping import Mode, Stepper, Work
 from ppvae.compiled.updates import AdamUpdate
@@ -99,9 +100,8 @@ class SVI(pyro.infer.SVI):
         """The loss at these arguments, without a step, as `step` returns it."""
         with torch.no_grad():
             loss = self.loss(self.model, self.guide, *args, **kwargs)
-        if isinstance(loss, tuple):
-            return tuple(torch.as_tensor(value) for value in loss)
-        return torch.as_tensor(loss)
+        losses = as_losses(loss, self._stepper.params)
+        return losses[0] if len(losses) == 1 else tuple(losses)
 
     def compile_report(self) -> CompileReport:
         """Which way steps ran until now, for each signature of their arguments, and why."""
@@ -129,8 +129,7 @@ class _Step(Work):
         svi.optim(params)
         zero_grads(params)
         self.params = [param for param in params if param.requires_grad]
-        losses = loss if isinstance(loss, tuple) else (loss,)
-        return [torch.as_tensor(value).detach() for value in losses]
+        return as_losses(loss, params)
 
     def job(self, params: Sequence[Tensor]) -> Job:
         """The parts of that step."""

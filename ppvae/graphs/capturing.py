@@ -188,6 +188,7 @@ def _lifted(module: fx.GraphModule, num_inputs: int) -> Graph:
         if id(tensor) not in nodes:
             with graph.inserting_after(last) if last else graph.inserting_before(None):
                 last = graph.placeholder(f"held_{len(held)}")
+            last.meta["val"] = node.meta.get("val", tensor)
             nodes[id(tensor)] = last
             held.append(tensor)
         node.replace_all_uses_with(nodes[id(tensor)])

@@ -92,9 +92,10 @@ class Watch:
                     self._arrays.append(item)
             elif isinstance(item, nn.Module):
                 pending += self._attributes(item)
-                for part in (item._parameters, item._buffers, item._modules):
+                parts = (item._parameters, item._buffers, item._modules)
+                for part in parts:
                     pending += self._add(part, part)
-                self._whole += [vars(item)[name] for name in _HOOKS]
+                self._whole += [*parts, *(vars(item)[name] for name in _HOOKS)]
                 pending.append(type(item))
             elif isinstance(item, FunctionType):
                 pending += self._function(item)
