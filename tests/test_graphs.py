@@ -56,20 +56,28 @@ class TestCapture:
 
     def test_capturing_computes_draws_and_changes_nothing(self):
         buffer, calls = torch.zeros(3), []
+        count, part, out = torch.zeros(()), torch.zeros(3), torch.zeros(())
 
         def function(x):
             calls.append(graphs.capturing())
             buffer.add_(x)
+            # What no input takes part in.
+            count.add_(1)
+            part[1] += 1
+            torch.add(count, 1, out=out)
             return [buffer + torch.randn(3)]
 
         state = torch.get_rng_state()
         graph = capture(function, [torch.ones(3)])
         assert torch.equal(torch.get_rng_state(), state)
-        assert torch.equal(buffer, torch.zeros(3))
+        assert all(torch.equal(t, torch.zeros_like(t)) for t in (buffer, count, part, out))
         assert calls == [True, True]
         assert not graphs.capturing()
         replayed(graph)(torch.ones(3))
         assert torch.equal(buffer, torch.ones(3))
+        assert count == 1
+        assert torch.equal(part, torch.tensor([0.0, 1.0, 0.0]))
+        assert out == 2
         assert len(calls) == 2
 
     def test_held_tensors_are_read_at_each_call(self):

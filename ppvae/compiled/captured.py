@@ -280,10 +280,12 @@ def _hooks(param: Tensor) -> tuple[int, int]:
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+    return torch.equal(one, other) or torch.allclose(one, other, 0.0, 0.0, equal_nan=True)
 
 
 def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
+            # A constant that is expanded in memory cannot be written to, and never changes.
+            if not _identical(tensor, value):
+                tensor.copy_(value)
