@@ -65,7 +65,7 @@ def replays(monkeypatch, request):
     """The second step of a signature is the first of its graph, which is not compiled further."""
     # Torch would write down each operation for pytest's own log.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
-    if "as_it_is" not in request.keywords:
+    if not getattr(request.cls, "as_it_is", False):
         monkeypatch.setattr(Stepper, "_pays", lambda self, plan, tier: tier == "eager")
 
 
@@ -1099,9 +1099,10 @@ class TestFit:
         assert len(record.losses) == 10
 
 
-@pytest.mark.as_it_is
 class TestCompiled:
     """With torch's compiler; each costs many seconds."""
+
+    as_it_is = True
 
     def test_svi(self):
         def both(kind, **mode):
@@ -1160,9 +1161,10 @@ class TestCompiled:
         hold(compiled, rtol=1e-9)
 
 
-@pytest.mark.as_it_is
 class TestAuto:
     """When a graph is made: once the steps to come pay for it."""
+
+    as_it_is = True
 
     def plan(self, seconds, taken, total=None, tier=EAGER):
         plan = stepping._Plan("()")
