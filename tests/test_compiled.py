@@ -36,8 +36,7 @@ from torch.utils.data import DataLoader
 
 import ppvae
 from ppvae import graphs, pairs
-from ppvae.compiled import CompileWarning
-from ppvae.compiled import stepping
+from ppvae.compiled import CompileWarning, stepping
 from ppvae.compiled.stepping import Stepper
 from ppvae.families import DiagonalNormal
 from ppvae.guides import PerDatapoint
@@ -413,7 +412,9 @@ def pyro_module():
             super().__init__()
             self.scale = PyroParam(torch.ones((), dtype=D), constraint=constraints.positive)
             self.linear = PyroModule[nn.Linear](3, 1, dtype=D)
-            self.linear.weight = PyroSample(dist.Normal(torch.zeros((1, 3), dtype=D), 1).to_event(2))
+            self.linear.weight = PyroSample(
+                dist.Normal(torch.zeros((1, 3), dtype=D), 1).to_event(2)
+            )
 
         def forward(self, x):
             mean = self.linear(x)[:, 0]
@@ -473,9 +474,7 @@ PROGRAMS = {
     "draws of `VonMises`": angular,
     "`if` or `while` on a tensor": lambda: looped(lambda z: z if z.sum() > 0 else -z),
     "`float(tensor)`, `tensor.numpy()`": lambda: looped(lambda z: z * float(z.detach().sum())),
-    "draws of `random`, `numpy.random`": lambda: looped(
-        lambda z: z + 0.0 * np.random.rand()  # noqa: NPY002
-    ),
+    "draws of `random`, `numpy.random`": lambda: looped(lambda z: z + 0.0 * np.random.rand()),
 }
 
 
@@ -663,9 +662,7 @@ def test_the_table_of_the_page_is_what_was_tested():
         if line.startswith("| ") and cells[1] in ("graph", "eager"):
             said[cells[0]] = {"graph": GRAPH, "eager": EAGER}[cells[1]]
     tested = {
-        name: build().tier
-        for name, build in (OBJECTIVES | PROGRAMS).items()
-        if "Jit" not in name
+        name: build().tier for name, build in (OBJECTIVES | PROGRAMS).items() if "Jit" not in name
     }
     assert said.pop("`JitTrace_ELBO` and its like") == EAGER
     assert said == tested
@@ -921,8 +918,9 @@ class TestBadRows:
 
         flag = torch.distributions.Distribution._validate_args
         try:
-            (losses, state, stream), (expected, wanted, theirs) = both(ppvae.SVI), both(
-                pyro.infer.SVI
+            (losses, state, stream), (expected, wanted, theirs) = (
+                both(ppvae.SVI),
+                both(pyro.infer.SVI),
             )
         finally:
             torch.distributions.Distribution.set_default_validate_args(flag)

@@ -109,7 +109,7 @@ class TestCapture:
             (lambda x: [x + torch.as_tensor(np.asarray(x))], r"out of torch"),
             (lambda x: [x * len(x[x > 0])], "value of a tensor"),
             (lambda x: [x * random.random()], "generators of Python or NumPy"),
-            (lambda x: [x * np.random.rand()], "generators of Python or NumPy"),  # noqa: NPY002
+            (lambda x: [x * np.random.rand()], "generators of Python or NumPy"),
         ],
         ids=[
             "if",
@@ -382,7 +382,9 @@ def onednn(monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda *args: True)
 
 
-four_ways = pytest.mark.parametrize(("left", "right"), list(itertools.product((False, True), repeat=2)))
+four_ways = pytest.mark.parametrize(
+    ("left", "right"), list(itertools.product((False, True), repeat=2))
+)
 
 
 class TestProducts:

@@ -14,7 +14,13 @@ from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from ppvae import graphs
-from ppvae.compiled.evaluating import Gradients, Supported, as_losses, capturable, loss_and_gradients
+from ppvae.compiled.evaluating import (
+    Gradients,
+    Supported,
+    as_losses,
+    capturable,
+    loss_and_gradients,
+)
 from ppvae.compiled.updates import Update
 from ppvae.graphs import Graph, NotCapturableError, Runner, Watch
 from ppvae.isolation import seconds_now

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-
 # What of Adam's options a graph has frozen. Others say how it is computed.
 _OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
 

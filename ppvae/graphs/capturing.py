@@ -102,6 +102,7 @@ def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
 
     if _State.active:
         raise NotCapturableError("it captures a function itself")
+
     def plain(*own: Tensor) -> Sequence[Tensor]:  # Of a method torch would count `self` too.
         return function(*own)
 
@@ -174,7 +175,8 @@ class _Values(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name.endswith("_") and args and (name[:2] != "__" or name[:3] in ("__i", "__s")):
+        in_place = name.endswith("_") and (name[:2] != "__" or name[:3] == "__i")
+        if args and (in_place or name == "__setitem__"):
             self._keep(args[0])
         if kwargs and kwargs.get("out") is not None:
             self._keep(kwargs["out"])
