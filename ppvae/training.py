@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ppvae.compiled.captured import Job
+from ppvae.compiled.evaluating import as_losses
 from ppvae.compiled.reporting import CompileReport
 from ppvae.compiled.stepping import Mode, Stepper, Work
 from ppvae.compiled.updates import AdamUpdate, RowAdam, Update, Updates
@@ -37,7 +38,6 @@ from ppvae.isolation import (
     forked_rng,
     modules_of,
     private_store,
-    reachable,
     seconds_now,
 )
 from ppvae.objectives import BetaELBO, Objective
@@ -453,7 +453,7 @@ class Run(Work):
                 self._collect(x)
         for param in self.params:
             param.grad = None
-        total = torch.as_tensor(self._loss_and_grads(x, rows)) / self._per(x)
+        total = as_losses(self._loss_and_grads(x, rows), self.params)[0] / self._per(x)
         gradients = [p.grad for p in self.params if p.grad is not None]
         if not gradients:
             raise ValueError("Nothing to train: no parameter of model or guide has a gradient.")
@@ -478,7 +478,7 @@ class Run(Work):
             parts.append((own, AdamUpdate(trained, [self.adam] * len(trained))))
         update = Updates(parts)
         watch = Watch(
-            reachable(self.model, self.guide, self.loss),
+            [self.model, self.guide, self.loss],
             update.places,
             ignoring=("_rows", *Objective.counters),
         )

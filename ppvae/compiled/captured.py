@@ -14,7 +14,13 @@ from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from ppvae import graphs
-from ppvae.compiled.evaluating import Gradients, Supported, capturable, loss_and_gradients
+from ppvae.compiled.evaluating import (
+    Gradients,
+    Supported,
+    as_losses,
+    capturable,
+    loss_and_gradients,
+)
 from ppvae.compiled.updates import Update
 from ppvae.graphs import Graph, NotCapturableError, Runner, Watch
 from ppvae.isolation import seconds_now
@@ -73,6 +79,23 @@ class Job:
             gradients = [None if g is None else g / per for g in gradients]
         return losses, gradients
 
+    def reference(self, arguments: Arguments) -> tuple[list[Tensor], Gradients]:
+        """What `evaluate` returns, in the way that Pyro goes: from the ``grad`` of the leaves."""
+        args, kwargs = arguments
+        kept = [param.grad for param in self.params]
+        try:
+            for param in self.params:
+                param.grad = None
+            with self.again(None):
+                out = self.loss_and_grads(*args, **kwargs)
+            gradients = [param.grad for param in self.params]
+        finally:
+            for param, grad in zip(self.params, kept, strict=True):
+                param.grad = grad
+        per = 1.0 if self.per is None else self.per(args[0])
+        losses = [loss / per for loss in as_losses(out, self.params)]
+        return losses, [None if g is None else g / per for g in gradients]
+
 
 class UnsupportedObjectiveError(NotCapturableError):
     """An objective of Pyro's that looks at values, whatever the pair is."""
@@ -93,15 +116,21 @@ class Captured:
         job: The step.
         tensors: Those among its arguments.
         rebuild: From such tensors to the arguments.
+        others: The arguments that are no tensors.
 
     Raises:
         NotCapturableError: If there is no graph of it.
     """
 
     def __init__(
-        self, job: Job, tensors: Sequence[Tensor], rebuild: Callable[[Sequence[Tensor]], Arguments]
+        self,
+        job: Job,
+        tensors: Sequence[Tensor],
+        rebuild: Callable[[Sequence[Tensor]], Arguments],
+        others: Sequence[Any] = (),
     ) -> None:
         self.job = job
+        self._others = Watch(others)
         self.has_gradient: list[bool] = []
         self.eager_seconds = math.inf  # Of loss and gradients without a graph.
         device = next((t.device for t in job.params), torch.device("cpu"))
@@ -136,10 +165,21 @@ class Captured:
                 if isinstance(job.loss, kind):
                     raise UnsupportedObjectiveError(f"{kind.__name__}: {why}") from error
             raise
-        name = job.watch.changed()
+        name = job.watch.changed() or self._others.changed()
         if name is not None:
             raise NotCapturableError(f"{name} changes at every call, which a graph would freeze")
-        self._pointers = [t.data_ptr() for t in self.graph.held]
+        held = self.graph.held
+        self._pointers = [t.data_ptr() for t in held]
+        self._trained = [t.requires_grad for t in held]
+        self._hooks = [_hooks(p) for p in job.params]
+        if any(after for _, after in self._hooks):
+            raise NotCapturableError("a parameter has a hook for its accumulated gradient")
+        own = {id(t) for t in held}
+        named = pyro.get_param_store().named_parameters()
+        self._stored = [(name, param) for name, param in named if id(param) in own]
+        # What a run changes beside the parameters, such as running statistics.
+        self._running: list[Tensor] = []
+        self._undo: tuple[list[Tensor], Tensor | None] = ([], None)
 
     @property
     def device(self) -> torch.device:
@@ -152,10 +192,22 @@ class Captured:
 
     def changed(self) -> str | None:
         """What is no longer as the graph has it, `None` where all is."""
-        name = self.job.watch.changed()
-        if name is None and [t.data_ptr() for t in self.graph.held] != self._pointers:
-            name = "the memory of a parameter"
-        return name
+        name = self.job.watch.changed() or (self._others.changed() if self._others else None)
+        if name is not None:
+            return name
+        held = self.graph.held
+        if [t.data_ptr() for t in held] != self._pointers:
+            return "the memory of a parameter"
+        if [t.requires_grad for t in held] != self._trained:
+            return "whether a parameter needs a gradient"
+        if [_hooks(p) for p in self.job.params] != self._hooks:
+            return "a hook of a parameter"
+        if self._stored:
+            stored = dict(pyro.get_param_store().named_parameters())
+            for name, param in self._stored:
+                if stored.get(name) is not param:
+                    return f"{name} in Pyro's parameter store"
+        return None
 
     def launch(
         self, runner: Runner, tensors: Sequence[Tensor]
@@ -168,6 +220,7 @@ class Captured:
         """
         numbers = self.job.numbers()
         if self._view is not None:
+            self._undo = [t.clone() for t in self._running], torch.get_rng_state()
             self._view[: len(numbers)] = numbers
         elif numbers:
             # From memory that is not pinned: CUDA copies it before it returns.
@@ -180,6 +233,13 @@ class Captured:
         found = iter(out[split:])
         gradients = [next(found) if has else None for has in self.has_gradient]
         return out[: split - 1], out[split - 1], gradients
+
+    def undo(self) -> None:
+        """Put back what a launch that took no step has changed; on a CPU, where that is seen."""
+        values, state = self._undo
+        _put(self._running, values)
+        if state is not None:
+            torch.set_rng_state(state)
 
     def trial(
         self, runner: Runner, tensors: Sequence[Tensor], arguments: Arguments
@@ -196,8 +256,12 @@ class Captured:
         try:
             with torch.random.fork_rng(devices=devices):
                 began = seconds_now(self.device)
-                losses, expected = job.evaluate(arguments)
+                losses, expected = job.reference(arguments)
                 self.eager_seconds = min(self.eager_seconds, seconds_now(self.device) - began)
+            ran = [t.detach().clone() for t in held]
+            self._running = [
+                t for t, a, b in zip(held, ran, kept, strict=True) if not _identical(a, b)
+            ]
             _put(held, kept)
             with torch.random.fork_rng(devices=devices):
                 found, go, handed = self.launch(runner, tensors)
@@ -209,6 +273,8 @@ class Captured:
             _put(held, kept)
         if not bool(go):
             return None  # The eager step that follows is for Pyro to judge.
+        if [g is not None for g in expected] != self.has_gradient:
+            return float("inf")
         return graphs.far_apart(
             [*losses, *(g for g in expected if g is not None)],
             [*found, *gradients],
@@ -216,7 +282,18 @@ class Captured:
         )
 
 
+def _hooks(param: Tensor) -> tuple[int, int]:
+    """How many hooks a parameter has for its gradient, and for that after it was added up."""
+    return len(param._backward_hooks or ()), len(param._post_accumulate_grad_hooks or ())
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or torch.allclose(one, other, 0.0, 0.0, equal_nan=True)
+
+
 def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
+            # A constant that is expanded in memory cannot be written to, and never changes.
+            if not _identical(tensor, value):
+                tensor.copy_(value)

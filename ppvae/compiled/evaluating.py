@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def loss_and_gradients(
     """
     with _Roots() as roots:
         out = loss_and_grads(*args, **kwargs)
-    losses = [torch.as_tensor(v).detach() for v in (out if isinstance(out, tuple) else (out,))]
+    losses = as_losses(out, params)
     total: Gradients = [None] * len(params)
     for at, root in enumerate(roots.found):
         found = torch.autograd.grad(
@@ -52,6 +53,16 @@ def loss_and_gradients(
             b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)
         ]
     return losses, total
+
+
+def as_losses(out: Any, params: Sequence[Tensor]) -> list[Tensor]:
+    """What an ELBO of Pyro's returns, a number or two, as tensors of the precision of the pair."""
+    kinds = [param.dtype for param in params if param.is_floating_point()]
+    kind = functools.reduce(torch.promote_types, kinds) if kinds else None
+    return [
+        v.detach() if isinstance(v, Tensor) else torch.tensor(v, dtype=kind)
+        for v in (out if isinstance(out, tuple) else (out,))
+    ]
 
 
 class _Roots(TorchFunctionMode):

@@ -8,11 +8,15 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from types import FunctionType
 from typing import Any, Literal
 
+import pyro
 import torch
-from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from ppvae import graphs
 from ppvae.compiled.captured import Arguments, Captured, Job, UnsupportedObjectiveError
@@ -30,6 +34,10 @@ _COMPILE_SAVES, _COMPILE_SECONDS, _SECONDS_PER_OPERATION = 0.5, 8.0, 0.02
 _TIMED = 5
 # A program that changes what a graph has frozen at every step is left alone after so many graphs.
 _MOST_GRAPHS = 3
+_KINDS = ("cpu", "cuda")
+# Arguments that are equal if they are the same, or of the same value.
+_KNOWN_AGAIN: tuple[type, ...] = (Tensor, bool, int, float, str, type(None), Enum)
+_KNOWN_AGAIN += (torch.dtype, torch.device, nn.Module, FunctionType)
 
 
 class Work(ABC):
@@ -127,6 +135,11 @@ class Stepper:
         self._taken = 0
         self._warned: set[str] = set()
 
+    @property
+    def params(self) -> list[Tensor]:
+        """What the last eager step trained."""
+        return self._work.params
+
     def report(self) -> CompileReport:
         """How steps ran until now."""
         return CompileReport(tuple(plan.report() for plan in self._plans.values()))
@@ -146,7 +159,14 @@ class Stepper:
             if self._mode is False:
                 plan.leave_eager("compile=False.")
             elif rebuild is None:
-                plan.leave_eager("An argument that is no tensor has no hash to know it again by.")
+                plan.leave_eager(
+                    "It runs inside of a handler of Pyro's."
+                    if _PYRO_STACK
+                    else "An argument is no tensor, number, word or module, so that a change of it "
+                    "would not be noticed."
+                )
+                if self._mode is True:
+                    self._warn(plan.why)
             return self._eager(plan, arguments, timed=False)
         if plan.captured is not None and plan.runner is not None:
             changed = plan.captured.changed()
@@ -173,9 +193,14 @@ class Stepper:
         assert captured is not None
         assert plan.runner is not None
         began = time.perf_counter()
-        losses, taken, gradients = captured.launch(plan.runner, tensors)
-        if taken.device.type == "cpu" and not taken.item():
-            # Nothing was changed: Pyro says what is wrong, or takes the step that it would.
+        try:
+            losses, taken, gradients = captured.launch(plan.runner, tensors)
+            refused = taken.device.type == "cpu" and not taken.item()
+        except RuntimeError:  # Such as of a matrix that is not positive definite.
+            refused = True
+        if refused:
+            # No parameter was changed: Pyro says what is wrong, or takes the step that it would.
+            captured.undo()
             return self._eager(plan, arguments, timed=False)
         job = captured.job
         if job.update is not None:
@@ -208,7 +233,8 @@ class Stepper:
             try:
                 plan.graphs_made += 1
                 job = self._work.job(plan.params)
-                captured = plan.captured = Captured(job, tensors, rebuild)
+                others = [v for v in tree_leaves(arguments) if not isinstance(v, Tensor)]
+                captured = plan.captured = Captured(job, tensors, rebuild, others)
                 self._adopt(
                     plan, "replayed graph", graphs.replayed(captured.graph), tensors, arguments
                 )
@@ -293,13 +319,18 @@ def _signature(
         spec,
         tuple(map(_described, leaves)),
         torch.get_default_dtype(),
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        *(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in _KINDS),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        # A default device, among others.
+        torch._C._len_torch_function_stack(),
+        pyro.settings.get("validate_distributions_pyro"),
+        bool(_PYRO_STACK),
     )
-    try:
-        hash(key)
-    except TypeError:
-        return (spec, "without a hash"), tensors, None
+    if _PYRO_STACK:
+        return key, tensors, None
+    if not all(isinstance(leaf, _KNOWN_AGAIN) for leaf in leaves):
+        return (spec, "not known again"), tensors, None
     return key, tensors, lambda inputs: _rebuilt(leaves, spec, inputs)
 
 

@@ -15,11 +15,11 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ppvae.compiled.captured import Job
+from ppvae.compiled.evaluating import as_losses
 from ppvae.compiled.reporting import CompileReport
 from ppvae.compiled.stepping import Mode, Stepper, Work
 from ppvae.compiled.updates import AdamUpdate
 from ppvae.graphs import Watch
-from ppvae.isolation import reachable
 from ppvae.objectives import Objective
 
 
@@ -100,13 +100,16 @@ class SVI(pyro.infer.SVI):
         """The loss at these arguments, without a step, as `step` returns it."""
         with torch.no_grad():
             loss = self.loss(self.model, self.guide, *args, **kwargs)
-        if isinstance(loss, tuple):
-            return tuple(torch.as_tensor(value) for value in loss)
-        return torch.as_tensor(loss)
+        losses = as_losses(loss, self._stepper.params)
+        return losses[0] if len(losses) == 1 else tuple(losses)
 
     def compile_report(self) -> CompileReport:
         """Which way steps ran until now, for each signature of their arguments, and why."""
         return self._stepper.report()
+
+
+# What a step takes from its SVI.
+_PARTS = ("model", "guide", "optim", "loss", "loss_and_grads")
 
 
 class _Step(Work):
@@ -126,8 +129,7 @@ class _Step(Work):
         svi.optim(params)
         zero_grads(params)
         self.params = [param for param in params if param.requires_grad]
-        losses = loss if isinstance(loss, tuple) else (loss,)
-        return [torch.as_tensor(value).detach() for value in losses]
+        return as_losses(loss, params)
 
     def job(self, params: Sequence[Tensor]) -> Job:
         """The parts of that step."""
@@ -138,9 +140,11 @@ class _Step(Work):
             AdamUpdate.refusal(p, o) is not None for p, o in zip(params, optimizers, strict=True)
         )
         update = None if refused else AdamUpdate(params, optimizers)
+        own: list[tuple[Mapping[Any, Any], Any]] = [(vars(svi), name) for name in _PARTS]
+        own += [(optim.optim_objs, p) for p in params]
         watch = Watch(
-            [*reachable(svi.model, svi.guide, self._loss)],
-            [] if update is None else update.places,
+            [svi.model, svi.guide, self._loss],
+            [*own, *([] if update is None else update.places)],
             ignoring=Objective.counters,
         )
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
+# What of Adam's options a graph has frozen. Others say how it is computed.
+_OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+
 
 class Update(ABC):
     """The update of some parameters from their gradients."""
@@ -85,7 +88,7 @@ class AdamUpdate(Update):
             self._optimizers, self._groups, self._states, strict=True
         ):
             out += [(vars(optimizer), "state"), (vars(optimizer), "param_groups")]
-            out += [(group, key) for key in group if key not in ("params", "lr")]
+            out += [(group, key) for key in _OPTIONS]
             out += [(state, key) for key in ("exp_avg", "exp_avg_sq", "step")]
         return list({(id(place), key): (place, key) for place, key in out}.values())
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -110,8 +110,9 @@ def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
         return function(*own)
 
     _State.active = True
+    values = _Values()
     try:
-        with _Values(), _quiet():
+        with values, _quiet():
             return make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     except NotCapturableError:
         raise
@@ -120,6 +121,7 @@ def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
         raise NotCapturableError(_reason(error)) from error
     finally:
         _State.active = False
+        values.put_back()
 
 
 def _reason(error: Exception) -> str:
@@ -156,8 +158,31 @@ class _Values(TorchFunctionMode):
     _lost = ("numpy", "tolist", "__array__", "data_ptr")
     _numbers = ("__bool__", "__float__", "__int__", "__index__", "__complex__")
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put_back(self) -> None:
+        """Undo what was changed in place: torch does it where only real tensors take part."""
+        with torch.no_grad():
+            for tensor, value in self._kept.values():
+                tensor.copy_(value)
+
+    def _keep(self, tensor: Any) -> None:
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        # Of other types are those without data.
+        if type(tensor) in (Tensor, nn.Parameter) and id(tensor) not in self._kept:
+            with _disable_current_modes():
+                self._kept[id(tensor)] = tensor, tensor.detach().clone()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and (name[:2] != "__" or name[:3] == "__i")
+        if args and (in_place or name == "__setitem__"):
+            self._keep(args[0])
+        if kwargs and kwargs.get("out") is not None:
+            self._keep(kwargs["out"])
         if func is Tensor.item:
             return args[0].detach()
         if name in self._lost and args and isinstance(args[0], Tensor):
@@ -192,6 +217,7 @@ def _lifted(module: fx.GraphModule, num_inputs: int) -> Graph:
         if id(tensor) not in nodes:
             with graph.inserting_after(last) if last else graph.inserting_before(None):
                 last = graph.placeholder(f"held_{len(held)}")
+            last.meta["val"] = node.meta.get("val", tensor)
             nodes[id(tensor)] = last
             held.append(tensor)
         node.replace_all_uses_with(nodes[id(tensor)])

@@ -108,7 +108,8 @@ def cuda_graph(runner: Runner, graph: Graph, inputs: Sequence[Tensor]) -> Runner
     finally:
         with torch.no_grad():
             for tensor, value in zip(held, kept, strict=True):
-                tensor.copy_(value)
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
