@@ -939,6 +939,25 @@ class TestBadRows:
         svi.step(good)
         assert svi.compile_report().signatures[0].tier == GRAPH
 
+    def test_a_model_that_is_told_not_to_judge_does_not(self, captures):
+        """Grey pixels as Bernoulli, where the model has switched validation off."""
+
+        def model(x):
+            p = pyro.param("p", torch.full((3,), 0.4, dtype=D))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+                logits = z[:, None] + p
+                fn = dist.Bernoulli(logits=logits, validate_args=False).expand([len(x), 3])
+                pyro.sample("x", fn.to_event(1), obs=x.clamp(0, 1))
+
+        def guide(x):
+            loc = pyro.param("loc", torch.zeros(7, dtype=D))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, x.new_ones(7)))
+
+        case = hold(lambda: Case(model, guide, arguments=rows(X)))
+        assert case.svi.compile_report().signatures[0].steps == {"eager": 1, GRAPH: 9}
+
     def test_a_loss_that_is_no_number_is_what_it_is_in_pyro(self):
         """Draws and running statistics as if the graph had not been tried."""
         bad = X.clone()
