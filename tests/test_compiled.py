@@ -170,23 +170,16 @@ def our_loss(guide, x):
     return BetaELBO() if smooth else ScoreFunctionELBO(num_particles=2)
 
 
-# A capture takes a second: the others run with --slow.
-QUICK = (
-    "exponential_gaussian",
-    "deep_latent_gaussian, top-down",
-    "linear_state_space, BlockNormal",
-    "gaussian_mixture",
-    "semisupervised_vae",
-    "vae, images",
-    "vae, VampPrior",
-    "vae, ConditionalFlow",
-)
+def cases(table, *quick):
+    """What a table's tests are run with. A capture takes a second: most run with --slow."""
+    return [
+        pytest.param(value, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, value in table.items()
+    ]
+
+
 every_pair = pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(make, id=name, marks=() if name in QUICK else pytest.mark.slow)
-        for name, make in PAIRS.items()
-    ],
+    "make", cases(PAIRS, "exponential_gaussian", "semisupervised_vae", "vae, ConditionalFlow")
 )
 
 
@@ -283,7 +276,18 @@ OBJECTIVES = {
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
-@pytest.mark.parametrize("build", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+@pytest.mark.parametrize(
+    "build",
+    cases(
+        OBJECTIVES,
+        "`Trace_ELBO()`",
+        "`BetaELBO(Linear(20))`",
+        "`VIMCO(3)`",
+        "`ReweightedWakeSleep`",
+        "`SemisupervisedELBO()`",
+        "`TraceEnum_ELBO`",
+    ),
+)
 def test_every_objective_steps_as_it_does_in_pyro(build):
     hold(build)
 
@@ -291,16 +295,12 @@ def test_every_objective_steps_as_it_does_in_pyro(build):
 D = torch.float64
 
 
-def hidden():
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)).to(D)
-
-
 class Net(nn.Module):
     """A pair in classic Pyro, whose parts can be chosen."""
 
     def __init__(self, middle=None):
         super().__init__()
-        self.encoder = hidden()
+        self.encoder = nn.Linear(3, 4, dtype=D)
         self.middle = nn.Identity() if middle is None else middle
         self.decoder = nn.Linear(2, 3, dtype=D)
         self.weight = 1.0
@@ -478,7 +478,20 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("build", PROGRAMS.values(), ids=PROGRAMS.keys())
+@pytest.mark.parametrize(
+    "build",
+    cases(
+        PROGRAMS,
+        "`pyro.plate(subsample_size=...)`",
+        "`poutine.scale`, `poutine.mask`, numbers and tensors",
+        "batch normalisation",
+        "dropout",
+        "`AutoNormal`",
+        "draws of `VonMises`",
+        "`if` or `while` on a tensor",
+        "draws of `random`, `numpy.random`",
+    ),
+)
 def test_every_kind_of_program_steps_as_it_does_in_pyro(build):
     hold(build)
 
@@ -650,8 +663,23 @@ CHANGES = {
 
 
 @pytest.mark.filterwarnings("ignore:.*because requires_grad=False:UserWarning")
-@pytest.mark.parametrize(("before", "others"), CHANGES.values(), ids=CHANGES.keys())
-def test_what_changes_between_steps_is_seen(before, others):
+@pytest.mark.parametrize(
+    "change",
+    cases(
+        CHANGES,
+        "a parameter is frozen",
+        "the optimizer's state is loaded",
+        "a value in the store",
+        "a hook after the gradient",
+        "a module is replaced",
+        "eval mode",
+        "a scheduler",
+        "ClippedAdam",
+        "beta is set",
+    ),
+)
+def test_what_changes_between_steps_is_seen(change):
+    before, others = change
     hold(net(before=before, **others))
 
 
@@ -683,6 +711,7 @@ class TestSignatures:
         assert len(captures) == 3
         assert len(case.svi.compile_report().signatures) == 3
 
+    @pytest.mark.slow
     def test_numbers_flags_and_names_have_graphs_of_their_own(self, captures):
         def model(x, factor, *, flag, kind):
             loc = pyro.param("loc", torch.zeros((), dtype=D))
@@ -708,6 +737,7 @@ class TestSignatures:
         hold(lambda: Case(model, guide, arguments=lambda step: calls[step % 6], steps=18))
         assert len(captures) == 5
 
+    @pytest.mark.slow
     def test_lists_and_dictionaries_of_tensors_are_arguments(self, captures):
         made = Net()
         build = lambda: Case(  # noqa: E731
@@ -739,6 +769,7 @@ class TestSignatures:
         said = hold(build).svi.compile_report().signatures[0]
         assert "An argument is no tensor, number, word or module" in said.why
 
+    @pytest.mark.slow
     def test_surroundings_count(self, captures):
         def inside(step, svi, case):
             pyro.settings.set(validate_distributions_pyro=step % 4 < 2)
@@ -763,17 +794,23 @@ class TestSignatures:
 
         np.testing.assert_allclose(both(ppvae.SVI), both(pyro.infer.SVI), rtol=1e-10)
 
+    @pytest.mark.slow
     def test_without_gradients_nothing_is_trained(self):
-        made = Net()
-        svi = ppvae.SVI(made.model, made.guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
-        for _ in range(3):
-            svi.step(X)
-        before = copy.deepcopy(made.state_dict())
-        with torch.no_grad():
-            svi.step(X)
-            svi.step(X)
-        assert all(torch.equal(before[name], v) for name, v in made.state_dict().items())
+        def both(kind):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            made = Net()
+            svi = kind(made.model, made.guide, pyro.optim.SGD({"lr": 0.001}), Trace_ELBO())
+            losses = [float(svi.step(X)) for _ in range(3)]
+            before = copy.deepcopy(made.state_dict())
+            with torch.no_grad():
+                losses += [float(svi.step(X)) for _ in range(3)]
+            assert all(torch.equal(before[name], v) for name, v in made.state_dict().items())
+            return losses + [float(svi.step(X)) for _ in range(3)]
 
+        np.testing.assert_allclose(both(ppvae.SVI), both(pyro.infer.SVI), rtol=1e-10)
+
+    @pytest.mark.slow
     def test_autocast_has_graphs_of_its_own(self):
         def both(kind):
             pyro.clear_param_store()
@@ -821,6 +858,7 @@ class TestRefusals:
         with pytest.warns(CompileWarning, match="calls changes at every call"):
             svi.step(X)
 
+    @pytest.mark.slow
     def test_what_changes_again_and_again_is_left_to_pyro(self, captures):
         def moved(step, svi, case):
             case.modules[0].weight = 1.0 - 0.05 * step
@@ -894,12 +932,31 @@ class TestBadRows:
         assert svi.compile_report().signatures[0].tier == GRAPH
         before = copy.deepcopy(guide.state_dict())
         steps = [o.state[p]["step"].clone() for p, o in svi.optim.optim_objs.items()]
-        with pytest.raises(ValueError, match="within the support"):
+        with pytest.raises(ValueError, match="probability of values 0 and 1 alone"):
             svi.step(good + 0.5)
         assert all(torch.equal(before[name], v) for name, v in guide.state_dict().items())
         assert steps == [o.state[p]["step"] for p, o in svi.optim.optim_objs.items()]
         svi.step(good)
         assert svi.compile_report().signatures[0].tier == GRAPH
+
+    def test_a_model_that_is_told_not_to_judge_does_not(self, captures):
+        """Grey pixels as Bernoulli, where the model has switched validation off."""
+
+        def model(x):
+            p = pyro.param("p", torch.full((3,), 0.4, dtype=D))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+                logits = z[:, None] + p
+                fn = dist.Bernoulli(logits=logits, validate_args=False).expand([len(x), 3])
+                pyro.sample("x", fn.to_event(1), obs=x.clamp(0, 1))
+
+        def guide(x):
+            loc = pyro.param("loc", torch.zeros(7, dtype=D))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, x.new_ones(7)))
+
+        case = hold(lambda: Case(model, guide, arguments=rows(X)))
+        assert case.svi.compile_report().signatures[0].steps == {"eager": 1, GRAPH: 9}
 
     def test_a_loss_that_is_no_number_is_what_it_is_in_pyro(self):
         """Draws and running statistics as if the graph had not been tried."""
@@ -954,20 +1011,20 @@ class TestBadRows:
 
 class TestLives:
     def test_copies_and_pickles_of_a_model_go_on_alone(self):
-        made = Net()
-        svi = ours(made.model, made.guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
-        for _ in range(4):
-            svi.step(X)
-        twin, thawed = copy.deepcopy(made), pickle.loads(pickle.dumps(made))
-        before = copy.deepcopy(made.state_dict())
-        svi.step(X)
-        for other in (twin, thawed):
-            assert all(torch.equal(before[name], v) for name, v in other.state_dict().items())
-        assert any(not torch.equal(before[name], v) for name, v in made.state_dict().items())
-        for parameter in made.parameters():
+        model, guide = smooth()
+        x = torch.randn(13, 5)
+        ppvae.fit(model, guide, x, steps=6, progress=False)
+        for twin in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+            before = copy.deepcopy(twin.state_dict())
+            again = ppvae.fit(model, guide, x, steps=6, progress=False)
+            assert again.compile_report.signatures[0].tier == GRAPH
+            assert all(torch.equal(before[name], v) for name, v in twin.state_dict().items())
+            assert not torch.equal(next(guide.parameters()), next(twin.parameters()))
+        for parameter in guide.parameters():
             assert type(parameter) is nn.Parameter
             assert parameter.grad is None
 
+    @pytest.mark.slow
     def test_two_pairs_in_one_process(self):
         def both(kind):
             pyro.clear_param_store()
@@ -1001,13 +1058,6 @@ class TestLives:
         assert {(loss.shape, loss.dtype, loss.requires_grad) for loss in losses} == {
             (torch.Size([]), D, False)
         }
-
-    def test_module_local_parameters(self):
-        with pyro.settings.context(module_local_params=True):
-            _, expected, _, _ = run(pyro.infer.SVI, pyro_module)
-            case, losses, _, _ = run(ours, pyro_module)
-        np.testing.assert_allclose(losses, expected, rtol=1e-10)
-        assert case.svi.compile_report().signatures[0].tier == GRAPH
 
 
 def fits(make, x, **options):
@@ -1046,6 +1096,7 @@ class TestFit:
         record = hold_fits(make, torch.randn(13, 4, dtype=D))
         assert record.compile_report.signatures[0].tier == GRAPH
 
+    @pytest.mark.slow
     def test_a_loader_with_a_short_last_batch(self, captures):
         x = torch.randn(13, 5, dtype=D)
         record = hold_fits(smooth, DataLoader(x, batch_size=5))
@@ -1062,6 +1113,7 @@ class TestFit:
             x = model(size=13).to(D)
         hold_fits(make, x)
 
+    @pytest.mark.slow
     def test_pseudo_inputs(self):
         x = (torch.rand(13, 6) < 0.5).to(D)
         hold_fits(lambda: pairs.vae(6, 2, [4], pseudo_inputs=4), x)

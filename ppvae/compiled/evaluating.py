@@ -92,7 +92,9 @@ def capturable() -> Iterator[None]:
     before = store.get_state()
     known = set(before["params"])
     looks = pyro.util.torch_isnan
-    with unvalidated():
+    # A copy of a distribution, such as `expand` makes, takes torch's default for its own: off, and
+    # still not the `False` of a model that says so.
+    with unvalidated(), pyro.settings.context(validate_distributions_torch=0):
         pyro.util.torch_isnan = _is_nan
         try:
             yield
