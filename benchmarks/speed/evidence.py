@@ -82,12 +82,13 @@ def status(name: str) -> int:
     raise KeyError(name)
 
 
-def chunks(x: Tensor, draws: int, most: int | None) -> list[tuple[slice, int]]:
-    """Rows and draws of each evaluation: ``most`` of both together, or as ppvae has it."""
-    if most is None:
-        from ppvae.density import draw_chunks
+# Draws times rows at once of `ppvae.iwae` here: 6.4 MB for the widest layer, which has 100 units.
+OURS = 16_000
 
-        return [(slice(0, len(x)), size) for size in draw_chunks(draws, x)]
+
+def chunks(x: Tensor, draws: int, most: int | None) -> list[tuple[slice, int]]:
+    """Rows and draws of each evaluation: ``most`` of both together, or as many as ppvae takes."""
+    most = OURS if most is None else most
     rows = min(len(x), most)
     each = max(1, most // rows)
     full, rest = divmod(draws, each)
