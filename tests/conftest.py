@@ -42,6 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    device = torch.device(config.getoption("--device"))
+    if device.type != "cpu":
+        # Also for what test modules make when they are imported.
+        torch.set_default_device(device)
     config.pluginmanager.register(StateGuard(config), "ppvae-state-guard")
 
 
