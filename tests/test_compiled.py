@@ -858,6 +858,24 @@ class TestRefusals:
         with pytest.warns(CompileWarning, match="calls changes at every call"):
             svi.step(X)
 
+    def test_a_buffer_that_is_set_at_each_call_stays_what_it_is(self):
+        """A capture would leave a tensor without data in it."""
+
+        class Average(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("mean", torch.zeros(2, dtype=D))
+                self.calls, self.past = 0, []
+
+            def forward(self, z):
+                self.mean = 0.9 * self.mean + 0.1 * z.detach().mean(0)
+                self.calls += 1
+                self.past.append(self.calls)
+                return z - self.mean
+
+        case = hold(net(Average, tier=EAGER))
+        assert case.modules[0].middle.past == list(range(1, 11))
+
     @pytest.mark.slow
     def test_what_changes_again_and_again_is_left_to_pyro(self, captures):
         def moved(step, svi, case):

@@ -130,7 +130,7 @@ class TestCapture:
     def test_what_hangs_on_the_value_of_a_parameter_is_refused(self):
         """Torch itself takes a parameter for a constant, and freezes its value."""
         weight = nn.Parameter(torch.ones(()))
-        for read in (float, bool, lambda w: w.numpy(force=True), lambda w: w.detach().tolist()):
+        for read in (float, bool, lambda w: w.numpy(force=True), lambda w: 2.0 if w > 0 else 3.0):
             with pytest.raises(NotCapturableError):
                 capture(lambda x, read=read: [x * read(weight)], [torch.ones(3)])
 
@@ -335,6 +335,28 @@ class TestWatch:
         watch = Watch([part], ignoring=("beta",))
         part.beta = 7.0
         assert watch.changed() is None
+
+    def test_what_a_run_has_set_is_put_back(self):
+        net, count = Net(), 0
+
+        def runs():
+            nonlocal count
+            count += 1
+            net.shift, net.power, net.fresh = torch.ones(2), 3, 1
+            net.part.beta = 0.5
+            net.betas.append(1.0)
+            net.table["new"] = 2.0
+            net.part.nested["a"][0] = 7.0
+
+        shift, watch = net.shift, Watch([net, runs])
+        runs()
+        assert watch.changed() is not None
+        watch.put_back()
+        assert watch.changed() is None
+        assert net.shift is shift
+        assert (count, net.power, net.part.beta) == (0, 2, 1.0)
+        assert (net.betas, net.table, net.part.nested["a"]) == ([0.5], {"kl": 1.0}, [1.0, 2.0])
+        assert not hasattr(net, "fresh")
 
     def test_what_holds_itself_and_numbers_that_are_none(self):
         part = Part()

@@ -160,12 +160,15 @@ class Captured:
             raise UnsupportedObjectiveError(said)
         try:
             self.graph: Graph = graphs.capture(function, self.inputs(tensors))
+            name = job.watch.changed() or self._others.changed()
         except NotCapturableError as error:
             for kind, why in _EAGER.items():
                 if isinstance(job.loss, kind):
                     raise UnsupportedObjectiveError(f"{kind.__name__}: {why}") from error
             raise
-        name = job.watch.changed() or self._others.changed()
+        finally:
+            job.watch.put_back()
+            self._others.put_back()
         if name is not None:
             raise NotCapturableError(f"{name} changes at every call, which a graph would freeze")
         held = self.graph.held

@@ -96,6 +96,8 @@ def _python_random() -> tuple[Any, ...]:
 def _same(one: Tensor, other: Tensor) -> bool:
     if one is other:
         return True
+    if type(one) is not type(other):
+        return False  # Such as one without data, that the first capture has left behind.
     alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
     return alike and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 

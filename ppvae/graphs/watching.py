@@ -7,7 +7,7 @@ import math
 import operator
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from itertools import chain
+from itertools import chain, islice
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -67,7 +67,7 @@ class Watch:
         # With one key alone a getter would not return a tuple.
         places = [(p, [*k] * 2 if len(k) == 1 else [*k]) for p, k in self._places.values() if k]
         self._getters = [(place, operator.itemgetter(*keys)) for place, keys in places]
-        self._keys = [key for _, keys in places for key in keys]
+        self._entries = [(place, key) for place, keys in places for key in keys]
         self._seen, self._sizes, self._bytes = self._now()
         self._known = [set(place) for place in self._whole]
 
@@ -196,10 +196,30 @@ class Watch:
                 return self._name(at)
         return None
 
+    def put_back(self) -> None:
+        """Undo what a run of the programs has set: of a capture that are tensors without data."""
+        seen = iter(self._seen)
+        for place, key in self._entries:
+            value = next(seen)
+            if isinstance(place, dict) and place.get(key, _Missing) is not value:
+                place[key] = value
+        for cell in self._cells:
+            value = next(seen)
+            if value is not _Missing and _content(cell) is not value:
+                cell.cell_contents = value
+        for items, size in zip(self._lists, self._sizes, strict=False):
+            values = list(islice(seen, size))
+            if isinstance(items, list) and not _equal(items, values):
+                items[:] = values
+        for place, known in zip(self._whole, self._known, strict=True):
+            for key in [key for key in place if key not in known and not self._is_note(key)]:
+                if isinstance(place, dict):
+                    del place[key]
+
     def _name(self, at: int) -> str:
-        if at < len(self._keys):
-            return _said(self._keys[at])
-        closure = at < len(self._keys) + len(self._cells)
+        if at < len(self._entries):
+            return _said(self._entries[at][1])
+        closure = at < len(self._entries) + len(self._cells)
         return "a variable of a closure" if closure else "an item of a list"
 
 
