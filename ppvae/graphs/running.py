@@ -57,8 +57,15 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Runner, int]:
         try:
             from torch import _inductor
 
+            every, options = [*inputs, *held], {"fallback_random": True}
             module, products = with_fastest_products(graph.module)
-            call = _inductor.compile(module, [*inputs, *held], options={"fallback_random": True})
+            try:
+                call = _inductor.compile(module, every, options=options)
+            except Exception:
+                # Some versions take oneDNN's product for weights that are constants alone.
+                if not products:
+                    raise
+                products, call = 0, _inductor.compile(graph.module, every, options=options)
         except Exception as error:
             said = str(error).strip().splitlines()
             raise CompileError(f"{type(error).__name__}: {said[0] if said else ''}") from error
