@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Runner, int]:
         try:
             from torch import _inductor
 
-            every, options = [*inputs, *held], {"fallback_random": True}
+            every: list[Any] = [*inputs, *held]
+            options: dict[str, Any] = {"fallback_random": True}
             module, products = with_fastest_products(graph.module)
             try:
                 call = _inductor.compile(module, every, options=options)
