@@ -294,11 +294,16 @@ class Stepper:
         if gap is None:
             plan.tier, plan.runner, plan.why = tier, runner, why
             return
-        plan.leave_eager(
-            f"The first step of the {tier} differs from an eager one on the same draws, by "
-            f"{gap:.2g} of the norm."
+        said = (
+            f"The first {tier} step differs from an eager one on the same draws, by {gap:.2g} of "
+            f"the norm"
         )
-        self._warn(plan.why)
+        if plan.runner is not None:  # The graph as it was captured has passed.
+            plan.why = f"{said}, so that the graph is replayed."
+            self._warn(plan.why, "Steps are not compiled.")
+        else:
+            plan.leave_eager(f"{said}.")
+            self._warn(plan.why)
 
     def _warn(self, why: str, what: str = "Steps run eagerly.") -> None:
         if why not in self._warned:

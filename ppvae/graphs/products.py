@@ -27,10 +27,7 @@ def with_fastest_products(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
         The graph, and how many of its products changed.
     """
     graph = copy.deepcopy(module.graph)
-    changed = 0
-    if _available():
-        for node in list(graph.nodes):
-            changed += _replaced(graph, node)
+    changed = sum(_replaced(node) for node in graph.nodes) if _available() else 0
     return fx.GraphModule(module, graph), changed
 
 
@@ -43,7 +40,7 @@ def _available() -> bool:
         return False
 
 
-def _replaced(graph: fx.Graph, node: fx.Node) -> bool:
+def _replaced(node: fx.Node) -> bool:
     aten = torch.ops.aten
     if node.op != "call_function" or node.kwargs:
         return False
@@ -58,14 +55,7 @@ def _replaced(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     if not onednn_is_faster(a, b, bias is not None):
         return False
-    with graph.inserting_before(node):
-        weight = graph.call_function(aten.t.default, (right,))
-        product = graph.call_function(
-            torch.ops.mkldnn._linear_pointwise.default, (left, weight, bias, "none", [], "")
-        )
-    product.meta = dict(node.meta)
-    node.replace_all_uses_with(product)
-    graph.erase_node(node)
+    node.target, node.args = torch.ops.ppvae.onednn_product.default, (left, right, bias)
     return True
 
 
@@ -89,13 +79,12 @@ def onednn_is_faster(a: Tensor, b: Tensor, bias: bool) -> bool:
     if key not in _faster:
         left, right = (torch.empty_strided(tuple(t.shape), t.stride()).fill_(0.5) for t in (a, b))
         offset = torch.zeros(b.shape[1]) if bias else None
-        one_dnn = torch.ops.mkldnn._linear_pointwise
 
         def default() -> Tensor:
             return left @ right if offset is None else torch.addmm(offset, left, right)
 
         def other() -> Tensor:
-            product: Tensor = one_dnn(left, right.t(), offset, "none", [], "")
+            product: Tensor = torch.ops.ppvae.onednn_product(left, right, offset)
             return product
 
         _faster[key] = _race(other, default) < _WORTHWHILE

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ppvae.graphs.capturing import Graph
+from ppvae.graphs.opaque import keep_draws
 from ppvae.graphs.products import with_fastest_products
 from ppvae.graphs.recording import not_recordable
 
@@ -61,13 +62,9 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Runner, int]:
             every: list[Any] = [*inputs, *held]
             options: dict[str, Any] = {"fallback_random": True}
             module, products = with_fastest_products(graph.module)
-            try:
-                call = _inductor.compile(module, every, options=options)
-            except Exception:
-                # Some versions take oneDNN's product for weights that are constants alone.
-                if not products:
-                    raise
-                products, call = 0, _inductor.compile(graph.module, every, options=options)
+            keep_draws(module.graph)
+            module.recompile()
+            call = _inductor.compile(module, every, options=options)
         except Exception as error:
             said = str(error).strip().splitlines()
             raise CompileError(f"{type(error).__name__}: {said[0] if said else ''}") from error
