@@ -894,7 +894,8 @@ def test_a_named_family_is_the_way_out(name):
     x = torch.linspace(-1.0, 1.5, 8)
     comparison = ppvae.compare(model, guide, x, family=DiagonalNormal())
     # The posterior is normal, so that the approximation gap is zero and the guide loses the rest.
-    assert value_of(comparison, "approximation_gap")[0].abs().max() < 1e-6
+    # A climb ends a hundredth of the tolerance of 0.001 nats below its end.
+    assert value_of(comparison, "approximation_gap")[0].abs().max() < 1e-5
     gap, stderr = value_of(comparison, "amortization_gap")
     assert sigmas(gap, lost_by(guide, x), stderr) < 4
 
