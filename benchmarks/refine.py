@@ -64,7 +64,7 @@ def main():
         f"Amortization gap {gap:.3f} ± {error:.3f} nats; compare took "
         f"{time.perf_counter() - began:.0f} s."
     )
-    print(f"q*, three starts: {per_row:.0f} gradient evaluations a row, {local.seconds:.1f} s.\n")
+    print(f"q*: {per_row:.0f} gradient evaluations a row, {local.seconds:.1f} s.\n")
     full, seconds = timed(lambda: ppvae.refine(model, guide, x))
     measured = comparison.dataset["amortization_gap"].values
     rank = stats.spearmanr(full.predicted_gap.numpy(), measured).statistic

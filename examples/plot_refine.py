@@ -48,8 +48,8 @@ plots.refinement(refined, comparison.dataset["amortization_gap"].values)
 # What does it cost?
 # ------------------
 # A budget counts gradient evaluations: one draw for one row. The full fits behind `compare` climb
-# from three starts until each row is within a thousandth of a nat of its optimum, and spend
-# thousands of evaluations on a row.
+# until each row is within a thousandth of a nat of its optimum, and spend hundreds of evaluations
+# on a row, more where another mode is found.
 
 gap, _ = comparison.mean("amortization_gap")
 full = float(refined.evaluations.double().mean())

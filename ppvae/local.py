@@ -118,9 +118,13 @@ def fit_per_datapoint(
     r"""Find :math:`q^*_n = \arg\max_{q \in Q} L_n[q]` for each row, the model held fixed.
 
     All rows are fitted in one batch (in chunks, so that memory stays bounded), each with a trust
-    region and a stop of its own. Each row starts cold, at λ = 0; with ``init`` also at that
-    guide's output; with Gaussian families also narrow, at the best of 64 standard normal draws. The
-    best end is kept. Of a posterior with several modes it is the best optimum that was found.
+    region and a stop of its own. With Gaussian families a row makes one climb, from the output of
+    ``init`` or else cold, at λ = 0. Single points then look for other modes: the cold start, and
+    the best of 64 standard normal draws, go up log p(x, u) from where they are. A row of which one
+    arrives elsewhere climbs from there too, narrow, and cold, and so does a row that has not
+    arrived. With other families each row starts cold, and with ``init`` also at that guide's
+    output. The best end is kept. Of a posterior with several modes it is the best optimum that was
+    found.
 
     Args:
         model: A Pyro model with one local plate over the rows, called as ``model(x)``.
