@@ -538,9 +538,9 @@ def _promised(local: GaussianElbo, seen: Sequence[GaussianState]) -> tuple[Tenso
 def other_modes(
     local: GaussianElbo, x: Tensor, here: Climb, starts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Whether points climb log p(x, T(u)) |T'(u)| to other modes than the mean of the fit does.
+    r"""Whether points climb to other modes of the density of u than the mean of the fit does.
 
-    Points climb by their gradient in units of the fit's curvature, in which the basin of the fit's
+    The density is :math:`p(x, T(u)) |T'(u)|`. Points climb by their gradient in units of the fit's curvature, in which the basin of the fit's
     own mode is nearly round, so that some steps of single points tell what a fit of its own from
     there would cost tens of evaluations of many draws to tell.
 
