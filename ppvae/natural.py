@@ -540,9 +540,10 @@ def other_modes(
 ) -> tuple[Tensor, Tensor]:
     r"""Whether points climb to other modes of the density of u than the mean of the fit does.
 
-    The density is :math:`p(x, T(u)) |T'(u)|`. Points climb by their gradient in units of the fit's curvature, in which the basin of the fit's
-    own mode is nearly round, so that some steps of single points tell what a fit of its own from
-    there would cost tens of evaluations of many draws to tell.
+    The density is :math:`p(x, T(u)) |T'(u)|`. Points climb by their gradient in units of the fit's
+    curvature, in which the basin of the fit's own mode is nearly round, so that some steps of
+    single points tell what a fit of its own from there would cost tens of evaluations of many
+    draws to tell.
 
     Args:
         local: The objective.
