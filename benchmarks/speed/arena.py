@@ -113,9 +113,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         before = dict(os.environ)
-        os.environ.update(
-            OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE"
-        )
+        os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
         if cache is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         try:

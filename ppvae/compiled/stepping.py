@@ -320,8 +320,9 @@ def _signature(
         (list(args), None) if not kwargs and all(map(_is_tensor, args)) else _flat(args, kwargs)
     )
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    structure = None if spec is None else repr(spec)  # Not all versions of torch can hash it.
     key = (
-        spec,
+        structure,
         tuple(map(_described, leaves)),
         torch.get_default_dtype(),
         *(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in _KINDS),
@@ -335,7 +336,7 @@ def _signature(
     if _PYRO_STACK:
         return key, tensors, None
     if not all(isinstance(leaf, _KNOWN_AGAIN) for leaf in leaves):
-        return (spec, "not known again"), tensors, None
+        return (structure, "not known again"), tensors, None
     return key, tensors, lambda inputs: _rebuilt(leaves, spec, inputs)
 
 
