@@ -120,20 +120,16 @@ def modules_of(*programs: Any) -> list[nn.Module]:
     of a function are those in its closure, its defaults and the global names that it uses, also
     behind `functools.partial` and Pyro's handlers; those of an object are in its attributes.
     """
-    return [item for item in reachable(*programs) if isinstance(item, nn.Module)]
-
-
-def reachable(*programs: Any) -> Iterator[Any]:
-    """The modules, functions and objects that programs are or use, each once."""
-    seen: dict[int, Any] = {}  # Held, so that no number of an object is given away again.
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
     pending = list(programs)
     while pending:
         item = pending.pop()
         if id(item) in seen:
             continue
-        seen[id(item)] = item
+        seen.add(id(item))
         if isinstance(item, nn.Module):
-            yield item
+            found[id(item)] = item
         elif isinstance(item, (list, tuple, set)):
             pending += item
         elif isinstance(item, dict):
@@ -141,7 +137,6 @@ def reachable(*programs: Any) -> Iterator[Any]:
         elif inspect.ismethod(item):
             pending += [item.__self__, item.__func__]
         elif inspect.isfunction(item):
-            yield item
             names = inspect.getclosurevars(item)
             pending += [*names.nonlocals.values(), *(item.__defaults__ or ())]
             pending += [v for v in names.globals.values() if isinstance(v, (nn.Module, list, dict))]
@@ -158,8 +153,8 @@ def reachable(*programs: Any) -> Iterator[Any]:
         elif isinstance(item, functools.partial):
             pending += [item.func, *item.args, *item.keywords.values()]
         elif _holds_things(item):
-            yield item
             pending += vars(item).values()
+    return list(found.values())
 
 
 def _holds_things(item: Any) -> bool:
