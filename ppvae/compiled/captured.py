@@ -72,12 +72,8 @@ class Job:
         """Losses and gradients, with nothing changed but running statistics."""
         args, kwargs = arguments
         with self.again(numbers):
-            losses, gradients = loss_and_gradients(self.loss_and_grads, self.params, args, kwargs)
-        if self.per is not None:
-            per = self.per(args[0])
-            losses = [loss / per for loss in losses]
-            gradients = [None if g is None else g / per for g in gradients]
-        return losses, gradients
+            found = loss_and_gradients(self.loss_and_grads, self.params, args, kwargs)
+        return self._divided(*found, args)
 
     def reference(self, arguments: Arguments) -> tuple[list[Tensor], Gradients]:
         """What `evaluate` returns, in the way that Pyro goes: from the ``grad`` of the leaves."""
@@ -92,9 +88,15 @@ class Job:
         finally:
             for param, grad in zip(self.params, kept, strict=True):
                 param.grad = grad
-        per = 1.0 if self.per is None else self.per(args[0])
-        losses = [loss / per for loss in as_losses(out, self.params)]
-        return losses, [None if g is None else g / per for g in gradients]
+        return self._divided(as_losses(out, self.params), gradients, args)
+
+    def _divided(
+        self, losses: list[Tensor], gradients: Gradients, args: Sequence[Any]
+    ) -> tuple[list[Tensor], Gradients]:
+        if self.per is None:
+            return losses, gradients
+        per = self.per(args[0])
+        return [v / per for v in losses], [None if g is None else g / per for g in gradients]
 
 
 class UnsupportedObjectiveError(NotCapturableError):
@@ -255,9 +257,8 @@ class Captured:
         job, held = self.job, self.graph.held
         kept = [tensor.detach().clone() for tensor in held]
         before = {id(tensor): value for tensor, value in zip(held, kept, strict=True)}
-        devices = sorted({t.device.index or 0 for t in held if t.device.type == "cuda"})
         try:
-            with torch.random.fork_rng(devices=devices):
+            with graphs.draws_kept(held):
                 began = seconds_now(self.device)
                 losses, expected = job.reference(arguments)
                 self.eager_seconds = min(self.eager_seconds, seconds_now(self.device) - began)
@@ -266,7 +267,7 @@ class Captured:
                 t for t, a, b in zip(held, ran, kept, strict=True) if not _identical(a, b)
             ]
             _put(held, kept)
-            with torch.random.fork_rng(devices=devices):
+            with graphs.draws_kept(held):
                 found, go, handed = self.launch(runner, tensors)
             if job.update is None:
                 gradients = [g for g in handed if g is not None]

@@ -7,7 +7,7 @@ from ppvae.graphs.capturing import Graph, NotCapturableError, capture, capturing
 from ppvae.graphs.checking import far_apart, rounding_of
 from ppvae.graphs.recording import not_recordable
 from ppvae.graphs.repeating import Repeated
-from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, replayed
+from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, draws_kept, replayed
 from ppvae.graphs.watching import Watch
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "capturing",
     "compiled",
     "cuda_graph",
+    "draws_kept",
     "far_apart",
     "not_recordable",
     "replayed",

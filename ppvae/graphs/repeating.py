@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppvae.graphs.capturing import Graph, NotCapturableError, capture
 from ppvae.graphs.checking import far_apart, rounding_of
-from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, replayed
+from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, draws_kept, replayed
 
 # What is expected before it is measured. A replayed graph saves Python, which is a part of a call
 # and no more than some seconds; a compiled one saves a part of the rest.
@@ -122,10 +122,9 @@ class Repeated:
                 tier += " in a CUDA graph"
             except CompileError as reason:
                 why += f" Its kernels are launched one by one: {reason}."
-        devices = sorted({t.device.index or 0 for t in inputs if t.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices):
+        with draws_kept(inputs):
             expected = self._function(*inputs)
-        with torch.random.fork_rng(devices=devices):
+        with draws_kept(inputs):
             found = runner(*inputs)
         gap = far_apart(expected, found, rounding_of(plan.graph))
         if gap is None:

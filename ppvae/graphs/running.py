@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -128,12 +128,17 @@ def cuda_graph(runner: Runner, graph: Graph, inputs: Sequence[Tensor]) -> Runner
     return run
 
 
+def draws_kept(*tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Put the generators of the CPU and of the devices of tensors back afterwards."""
+    devices = {t.device.index or 0 for group in tensors for t in group if t.device.type == "cuda"}
+    return torch.random.fork_rng(devices=sorted(devices))
+
+
 @contextmanager
 def _undisturbed(*tensors: Sequence[Tensor]) -> Iterator[None]:
     """Keep the random generators as they are, and the compiler's remarks to itself."""
-    devices = {t.device.index or 0 for group in tensors for t in group if t.device.type == "cuda"}
     level = logging.root.manager.disable
-    with torch.random.fork_rng(devices=sorted(devices)), warnings.catch_warnings(), torch.no_grad():
+    with draws_kept(*tensors), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
