@@ -567,9 +567,16 @@ def _anywhere_inside(fn: Any, value: Tensor) -> Tensor:
     return transform(value.new_zeros(transform.inverse_shape(value.shape))).expand_as(value)
 
 
-def _sum_sites(trace: Trace, shape: torch.Size, given: Mapping[str, Tensor] | None) -> Tensor:
+def _sum_sites(
+    trace: Trace,
+    shape: torch.Size,
+    given: Mapping[str, Tensor] | None,
+    counts: Callable[[str], bool] = lambda name: True,
+) -> Tensor:
     total: Tensor | float = 0.0
     for name, site in sample_sites(trace):
+        if not counts(name):
+            continue
         if given is None and site["is_observed"] and distribution_name(site["fn"]) != "Unit":
             # `AutoNormalMessenger` runs the model, whose observations are no part of q; a
             # pyro.factor of the guide is.
@@ -637,15 +644,48 @@ def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
         return _sum_sites(trace, first.shape[:2], latents)
 
 
+def prior_and_likelihood(
+    model: Program, x: Tensor, latents: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The two terms of `joint`: log p(z), and log p(x given z), each ``(num_samples, batch)``."""
+    shape = next(iter(latents.values())).shape[:2]
+    conditioned = poutine.condition(model, data=dict(latents))
+    with unvalidated(), _with_draws(shape), particles(shape[0]):
+        trace = poutine.trace(conditioned).get_trace(x)
+        prior = _sum_sites(trace, shape, latents, lambda name: name in latents)
+        likelihood = _sum_sites(trace, shape, latents, lambda name: name not in latents)
+    return prior, likelihood
+
+
+def log_guide(guide: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
+    """A guide's log density of values that it may not have drawn, ``(num_samples, batch)``.
+
+    For guides without auxiliary draws, whose density of the latents alone is not known.
+    """
+    shape = next(iter(latents.values())).shape[:2]
+    conditioned = poutine.condition(guide, data=dict(latents))
+    with unvalidated(), _with_draws(shape), particles(shape[0]):
+        trace = poutine.trace(conditioned).get_trace(x)
+        factors = {n for n, s in sample_sites(trace) if distribution_name(s["fn"]) == "Unit"}
+        return _sum_sites(trace, shape, latents, lambda name: name in latents or name in factors)
+
+
 def weigh(
     model: Program, guide: Program, x: Tensor, num_samples: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`log_weights` without its checks and contexts; gives the draws of the latent sites too."""
-    latents, log_q = _guided(guide, x, num_samples)
+    latents, log_q = guided(guide, x, num_samples)
     return joint(model, x, latents) - log_q, latents
 
 
-def _guided(guide: Program, x: Tensor, num_samples: int) -> tuple[dict[str, Tensor], Tensor]:
+def bytes_of_largest(function: Callable[[], Any]) -> int:
+    """Bytes of the largest tensor that a call makes, views left out."""
+    with _Largest() as largest:
+        function()
+    return largest.bytes
+
+
+def guided(guide: Program, x: Tensor, num_samples: int) -> tuple[dict[str, Tensor], Tensor]:
     """Draws of the latent sites, and their log density ``(num_samples, batch)``."""
     shape = torch.Size((num_samples, x.shape[0]))
     with unvalidated(), _with_draws(shape):
@@ -701,7 +741,7 @@ class ChunkedJoint:
         first = {name: z[:1] for name, z in draws.items()}
         with forked_rng(0, x.device), _Largest() as largest:
             whole = joint(model, x, first)
-        budget = _chunk_bytes(x)
+        budget = chunk_bytes(x)
         self.draws = max(1, budget // largest.bytes)
         pieces = min(len(x), -(-largest.bytes // budget))
         self.rows = self._row_portions(first, whole, -(-len(x) // pieces))
@@ -752,22 +792,22 @@ def weighed(model: Program, guide: Program, x: Tensor, num_samples: int) -> Iter
         that of a few evaluations of the pair, within a budget.
     """
     small = num_samples * len(x) * max(64, x[0].numel()) * x.element_size()
-    if small <= _chunk_bytes(x):
+    if small <= chunk_bytes(x):
         yield weigh(model, guide, x, num_samples)[0]
         return
     with forked_rng(0, x.device), _Largest() as largest:
-        some, _ = _guided(guide, x, 2)
+        some, _ = guided(guide, x, 2)
     density = ChunkedJoint(model, x, some, num_samples)
     del some
     # Draws of a guide are small beside what the model makes of them: its networks run seldom.
-    budget = max(4 * _ELEMENTS, _chunk_bytes(x))
+    budget = max(4 * _ELEMENTS, chunk_bytes(x))
     most = max(
         1, min(max(draw_chunks(num_samples, x)[0], density.draws), 2 * budget // largest.bytes)
     )
     if most > density.draws:
         most -= most % density.draws
     for start in range(0, num_samples, most):
-        latents, log_q = _guided(guide, x, min(most, num_samples - start))
+        latents, log_q = guided(guide, x, min(most, num_samples - start))
         yield density(latents) - log_q
 
 
@@ -937,7 +977,8 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}; got {value}.")
 
 
-def _chunk_bytes(x: Tensor) -> int:
+def chunk_bytes(x: Tensor) -> int:
+    """Bytes that the largest tensor of one evaluation may take on the device of the rows."""
     return _CHUNK_BYTES.get(x.device.type, _CHUNK_BYTES["cpu"])
 
 

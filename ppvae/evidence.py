@@ -148,7 +148,7 @@ def iwae(
     check_rows(x, model, guide)
     with judging(seed, x, model, guide), torch.no_grad():
         check_pair(model, guide, x)
-        return _iwae(weighed(model, guide, x, num_samples))
+        return iwae_from(weighed(model, guide, x, num_samples))
 
 
 def elbo_of(weights: Tensor) -> Estimate:
@@ -158,7 +158,7 @@ def elbo_of(weights: Tensor) -> Estimate:
 
 def iwae_of(weights: Tensor) -> Estimate:
     """The importance-weighted evidence of log weights ``(num_samples, batch)``."""
-    return _iwae([weights])
+    return iwae_from([weights])
 
 
 class _Moments:
@@ -206,8 +206,9 @@ def _elbo(parts: Iterable[Tensor]) -> Estimate:
     return Estimate(value.to(dtype), moments.stderr.to(dtype), "lower", "elbo")
 
 
-def _iwae(parts: Iterable[Tensor]) -> Estimate:
-    """The weights are summed relative to the largest one until now."""
+def iwae_from(parts: Iterable[Tensor]) -> Estimate:
+    """The importance-weighted evidence of log weights that come in parts ``(draws, batch)``."""
+    # The weights are summed relative to the largest one until now.
     moments = _Moments()
     top: Tensor | None = None
     for weights in parts:
