@@ -8,6 +8,7 @@ approximation. `compare` measures both, datum by datum, for any Pyro pair with o
 from importlib.metadata import version
 
 from ppvae import (
+    annealing,
     classical,
     data,
     density,
@@ -26,6 +27,7 @@ from ppvae import (
 )
 from ppvae.adversarial import AdversarialFit, fit_adversarial
 from ppvae.alternating import Alternation, fit_alternating
+from ppvae.annealing import AnnealedEstimate, Sandwich, ais, sandwich
 from ppvae.classification import classify
 from ppvae.comparison import compare
 from ppvae.compiled import SVI, CompileReport, CompileWarning
@@ -48,6 +50,7 @@ __all__ = [
     "AdversarialFit",
     "Alternation",
     "Amortized",
+    "AnnealedEstimate",
     "Comparison",
     "CompileReport",
     "CompileWarning",
@@ -59,6 +62,9 @@ __all__ = [
     "PerDatapoint",
     "Refinement",
     "RepairCosts",
+    "Sandwich",
+    "ais",
+    "annealing",
     "classical",
     "classify",
     "compare",
@@ -92,4 +98,5 @@ __all__ = [
     "quadrature",
     "refine",
     "repair_costs",
+    "sandwich",
 ]

@@ -6,7 +6,8 @@ From a start :math:`q_0`, the guide or the prior, chains move through
           \qquad 0 = \beta_0 < \cdots < \beta_T = 1
 
 by Hamiltonian Monte Carlo, and collect :math:`\log w = \sum_t (\beta_t - \beta_{t-1})
-(\log p(x, z_{t-1}) - \log q_0(z_{t-1} \mid x))`, whose exponential is unbiased for p(x) (Neal 2001).
+(\log p(x, z_{t-1}) - \log q_0(z_{t-1} \mid x))`, whose exponential is unbiased for p(x) (Neal
+2001).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from ppvae.configurations import MOST_CONFIGURATIONS, num_configurations
 from ppvae.density import (
-    LatentSite,
     ModelSites,
     Program,
     bytes_of_largest,
@@ -39,18 +39,31 @@ from ppvae.density import (
 from ppvae.evidence import Estimate, enumeration, iwae_from
 from ppvae.graphs import Repeated
 from ppvae.isolation import check_rows, forked_rng
-from ppvae.proposals import Prior, Proposal, proposal_of
+from ppvae.proposals import Prior, proposal_of
 from ppvae.simulation import Simulated, simulate
 
 Schedule = Callable[[int], Tensor]
 """From a number of steps T to β_0 = 0 < … < β_T = 1, ``(T + 1,)`` in float64."""
 
 # Acceptance that step sizes are led to, in the middle of what is best for HMC in any dimension.
-_ACCEPTANCE = 0.65
-# Chains and steps of the pilot run that finds the step sizes.
-_PILOT_CHAINS, _PILOT_SHARE, _PILOT_LEAST = 4, 4, 50
-_PILOT_WARMUP, _PILOT_RATE = 20, 0.3
-_FIRST_STEP, _MOST_STEP, _LEAST_STEP = 0.5, 4.0, 1e-5
+_ACCEPTANCE = 0.8
+# The pilot: chains, moves before it sets off, standard deviations of a log weight's increment that
+# it goes at a time, and most steps as a share of those of the run, or at least.
+_PILOT_CHAINS, _PILOT_WARMUP, _PILOT_STRIDE, _PILOT_SHARE, _PILOT_LEAST = 8, 20, 0.25, 0.5, 100
+# How fast the pilot's step sizes and running moments follow, and how many degrees of freedom the
+# other rows' variances count for.
+_PILOT_RATE, _PILOT_MEMORY, _PILOT_SHARED = 0.3, 0.2, 4.0
+# Moves between two looks at the curvature; latent elements up to which it is a full matrix, and
+# random directions that find the diagonal of larger ones; the distance of a difference, and the
+# least curvature that is believed, in units of the start's scale.
+_LOOKS, _FULL, _DIRECTIONS, _APART, _LEAST_CURVATURE = 8, 64, 8, 0.02, 0.1
+# Numbers in the roots of the curvature at one temperature.
+_COURSES = 1_000_000
+_LEAST_STEP = 1e-5
+# The longest way of a proposal, in standard deviations: a quarter of a turn leaves of a Gaussian's
+# place nothing, and of its square nothing, which sets the log density; half a turn leaves all.
+_TRAJECTORY = math.pi / 2
+_FIRST_BETA = 1e-9
 # Step sizes are spread by this much, lest a trajectory come back to where it began.
 _JITTER = 0.2
 # Draws of the start from which its scale is found.
@@ -91,7 +104,7 @@ class AnnealedEstimate(Estimate):
 
     Attributes:
         log_weights: ``(num_chains, batch)``, nats; of an upper bound those of reversed chains.
-        acceptance: Share of proposals that were accepted, ``(batch,)``. Far below 0.65 the chains
+        acceptance: Share of proposals that were accepted, ``(batch,)``. Far below 0.8 the chains
             hardly move, and the bound is loose.
     """
 
@@ -106,8 +119,8 @@ def ais(
     *,
     num_chains: int = 16,
     num_steps: int = 500,
-    schedule: Schedule = sigmoid,
-    leapfrog_steps: int = 10,
+    schedule: Schedule | None = None,
+    leapfrog_steps: int = 5,
     seed: int = 0,
 ) -> Estimate:
     r"""Evidence per datum by annealed importance sampling.
@@ -120,10 +133,13 @@ def ais(
     to log p(x) as the steps T do, by about 1/T. Chains start at the guide or at the prior and move
     by Hamiltonian Monte Carlo over the unconstrained latents, all rows and chains at once.
 
-    Step sizes are a row's own, one for each temperature, and come from a pilot run of 4 chains and
-    a quarter of the steps that is led to an acceptance of 0.65. Chains that adapted to their own
-    past would not be unbiased any more. Costs ``num_chains * num_steps * leapfrog_steps``
-    gradients of the log joint density per row, and a sixteenth of that for the pilot.
+    A pilot run of 8 chains finds for each row how large steps may be at each temperature, led to an
+    acceptance of 0.8, how the density is curved there, and, unless a ``schedule`` is
+    given, where temperatures are wanted: as many per unit of :math:`\int \mathrm{sd}_\beta(\log
+    p(x, z) - \log q_0)\, d\beta` everywhere, which makes the bound tightest (Grosse, Maddison &
+    Salakhutdinov 2013). The chains that are weighted only follow it: chains that adapted to their
+    own past would not be unbiased any more. Costs ``num_chains * num_steps * leapfrog_steps``
+    gradients of the log joint density per row, and about a tenth of that for the pilot.
 
     Discrete latents have no gradient: a model with few values of them is enumerated, and any other
     is weighted by importance with ``num_chains * num_steps`` draws of the guide or the prior. The
@@ -136,7 +152,8 @@ def ais(
         x: Rows, ``(batch, *event)``.
         num_chains: Chains per row, at least 2.
         num_steps: Temperatures T after the first, at least 2.
-        schedule: Their places: `sigmoid` or `linear` of ``ppvae.annealing``, or any function of T.
+        schedule: Their places: `sigmoid` or `linear` of ``ppvae.annealing``, or any function of T;
+            `None` for those that the pilot run finds, each row's own.
         leapfrog_steps: Leapfrog steps of a proposal.
         seed: Seed of the chains; the caller's generators are left as they were.
 
@@ -164,7 +181,7 @@ def ais(
         sites = read_model(model, x) if guide is None else check_pair(model, guide, x)
         if any(site.is_discrete for site in sites.latents.values()):
             return _without_gradient(model, guide, x, sites, num_chains * num_steps)
-        path = _Path(model, guide, x, sites, betas, num_chains, leapfrog_steps)
+        path = _Path(model, guide, x, sites, betas, num_steps, num_chains, leapfrog_steps)
         weights, acceptance = path.run()
     return _estimate(weights, acceptance, x)
 
@@ -216,8 +233,8 @@ def sandwich(
     *,
     num_chains: int = 16,
     num_steps: int = 500,
-    schedule: Schedule = sigmoid,
-    leapfrog_steps: int = 10,
+    schedule: Schedule | None = None,
+    leapfrog_steps: int = 5,
     seed: int = 0,
 ) -> Sandwich:
     r"""Lower and upper bounds on log p(x) for simulated data: how far off is `ais` here?
@@ -239,7 +256,7 @@ def sandwich(
             `ppvae.simulation.simulate` cannot draw from. By default rows are drawn anew.
         num_chains: Chains per row and direction, at least 2.
         num_steps: Temperatures T after the first, at least 2.
-        schedule: Their places.
+        schedule: Their places, as in `ais`.
         leapfrog_steps: Leapfrog steps of a proposal.
         seed: Seed of data and chains; the caller's generators are left as they were.
 
@@ -276,18 +293,21 @@ def sandwich(
                     f"latents: expected for site {name!r} a draw for each row, {wanted}; got "
                     f"{None if value is None else tuple(value.shape)}."
                 )
-        path = _Path(model, guide, x, sites, betas, num_chains, leapfrog_steps)
+        path = _Path(model, guide, x, sites, betas, num_steps, num_chains, leapfrog_steps)
         lower = path.run()
         upper = path.run(drawn.latents)
     return Sandwich(x, _estimate(*lower, x), _estimate(*upper, x, upper=True))
 
 
 def _temperatures(
-    num_chains: int, num_steps: int, leapfrog_steps: int, schedule: Schedule
-) -> Tensor:
+    num_chains: int, num_steps: int, leapfrog_steps: int, schedule: Schedule | None
+) -> Tensor | None:
+    """Check what was asked for; the temperatures of a schedule."""
     check_count("num_chains", num_chains, least=2)
     check_count("num_steps", num_steps, least=2)
     check_count("leapfrog_steps", leapfrog_steps)
+    if schedule is None:
+        return None
     betas = torch.as_tensor(schedule(num_steps), dtype=torch.float64)
     proper = betas.shape == (num_steps + 1,) and bool((betas.diff() > 0).all())
     if not proper or float(betas[0]) != 0 or abs(float(betas[-1]) - 1) > 1e-12:
@@ -331,6 +351,46 @@ def _without_gradient(
     return iwae_from(parts())
 
 
+@dataclass(frozen=True)
+class _Course:
+    """What a pilot run found for some rows, at temperatures of their own.
+
+    Attributes:
+        betas: Rising from 0 to 1, ``(rows, points)``.
+        log_step: Log step sizes there, ``(rows, points)``.
+        roots: A root of the inverse curvature, ``(looks, rows, D, D)``, or of its diagonal,
+            ``(looks, rows, D)``; one for every few points.
+    """
+
+    betas: Tensor
+    log_step: Tensor
+    roots: Tensor
+
+    def temperatures(self, count: int) -> Tensor:
+        """``(rows, count + 1)``, equally many between any two of its own."""
+        points = self.betas.shape[1]
+        at = torch.linspace(0, points - 1, count + 1, dtype=torch.float64, device=self.betas.device)
+        low = at.floor().long().clamp(max=points - 2)
+        return torch.lerp(self.betas[:, low], self.betas[:, low + 1], at - low)
+
+    def at(self, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Step sizes ``(rows,)`` and roots at a temperature of each row."""
+        column = beta[:, None].contiguous()
+        right = torch.searchsorted(self.betas, column).clamp(1, self.betas.shape[1] - 1)
+        low, high = self.betas.gather(1, right - 1), self.betas.gather(1, right)
+        share = ((column - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+        step = torch.lerp(self.log_step.gather(1, right - 1), self.log_step.gather(1, right), share)
+        look = (right[:, 0] - 1) // _LOOKS
+        return torch.exp(step[:, 0]), self.roots[look, torch.arange(len(beta), device=beta.device)]
+
+
+def _turned(root: Tensor, vectors: Tensor) -> Tensor:
+    """``root`` times vectors ``(chains, rows, D)``."""
+    if root.dim() == 2:
+        return root * vectors
+    return torch.einsum("rij,crj->cri", root, vectors)
+
+
 class _Chains:
     """Where the chains of some rows stand, and what the densities are there."""
 
@@ -338,7 +398,6 @@ class _Chains:
         self._path = path
         self._x = path.x[rows]
         self._params = [p[rows] for p in path.start.params]
-        self._scale = path.scale[rows]
         self.u = u
         self.start, self.target, self._slope_start, self._slope_target = self._at(u)
 
@@ -351,43 +410,77 @@ class _Chains:
         """log p(x, z) − log q_0(z), ``(chains, rows)``; −inf where both densities are 0."""
         return torch.nan_to_num((self.target - self.start).double(), nan=-torch.inf)
 
-    def move(self, beta: Tensor, step: Tensor) -> Tensor:
+    def move(self, beta: Tensor, step: Tensor, root: Tensor) -> Tensor:
         """One proposal at a temperature; gives the chance that it is accepted.
 
         Args:
-            beta: The temperature, a scalar.
-            step: Step sizes in units of the start's scale, ``(rows,)``.
+            beta: Temperatures, ``(rows,)``.
+            step: Step sizes in units of ``root``, ``(rows,)``.
+            root: A root of the inverse mass, ``(rows, D, D)`` or ``(rows, D)``.
         """
         shape = self.u.shape[:2]
         jitter = 1 + _JITTER * (2 * torch.rand(shape, device=self.u.device) - 1)
         size = (step * jitter).to(self.u.dtype)[..., None]
         momentum = torch.randn_like(self.u)
         beta = beta.to(self.u.dtype)
-        before = self._energy(beta, self.start, self.target, momentum)
+        back = root.mT if root.dim() == 3 else root
+
+        def force(start: Tensor, target: Tensor) -> Tensor:
+            return _turned(back, torch.lerp(start, target, beta[:, None]))
+
+        def energy(start: Tensor, target: Tensor) -> Tensor:
+            return (1 - beta) * start + beta * target - 0.5 * momentum.square().sum(dim=-1)
+
+        before = energy(self.start, self.target)
         u, slopes = self.u, (self._slope_start, self._slope_target)
-        momentum = momentum + 0.5 * size * self._force(beta, *slopes)
-        for step_number in range(self._path.leapfrog_steps):
-            u = u + size * self._scale * momentum
-            start, target, *slopes = self._at(u)
-            last = step_number == self._path.leapfrog_steps - 1
-            momentum = momentum + (0.5 if last else 1.0) * size * self._force(beta, *slopes)
-        after = self._energy(beta, start, target, momentum)
+        momentum = momentum + 0.5 * size * force(*slopes)
+        for left in reversed(range(self._path.leapfrog_steps)):
+            u = u + size * _turned(root, momentum)
+            start, target, *both = self._at(u)
+            slopes = both[0], both[1]
+            momentum = momentum + (1.0 if left else 0.5) * size * force(*slopes)
         # What is no number is not accepted; from where the density is 0 anything is.
-        log_chance = torch.nan_to_num(after - before, nan=-torch.inf).clamp(max=0.0)
+        log_chance = torch.nan_to_num(energy(start, target) - before, nan=-torch.inf).clamp(max=0.0)
         accepted = torch.log(torch.rand_like(log_chance)) < log_chance
-        self.u = torch.where(accepted[..., None], u, self.u)
         self.start = torch.where(accepted, start, self.start)
         self.target = torch.where(accepted, target, self.target)
-        self._slope_start = torch.where(accepted[..., None], slopes[0], self._slope_start)
-        self._slope_target = torch.where(accepted[..., None], slopes[1], self._slope_target)
+        everywhere = accepted[..., None]
+        self.u = torch.where(everywhere, u, self.u)
+        self._slope_start = torch.where(everywhere, slopes[0], self._slope_start)
+        self._slope_target = torch.where(everywhere, slopes[1], self._slope_target)
         return torch.exp(log_chance)
 
-    def _force(self, beta: Tensor, start: Tensor, target: Tensor) -> Tensor:
-        return self._scale * torch.lerp(start, target, beta)
+    def root(self, beta: Tensor, scale: Tensor) -> Tensor:
+        r"""A root of the inverse of :math:`-\nabla^2 \log f_\beta`, averaged over the chains.
 
-    def _energy(self, beta: Tensor, start: Tensor, target: Tensor, momentum: Tensor) -> Tensor:
-        """The log density of place and momentum."""
-        return (1 - beta) * start + beta * target - 0.5 * momentum.square().sum(dim=-1)
+        From differences of gradients: the whole matrix, or its diagonal in random directions
+        (Bekas, Kokiopoulou & Saad 2007).
+
+        Args:
+            beta: Temperatures, ``(rows,)``.
+            scale: Units of each element, ``(rows, D)``.
+        """
+        beta = beta.to(self.u.dtype)[:, None]
+        size = self.u.shape[-1]
+        here = torch.lerp(self._slope_start, self._slope_target, beta)
+
+        def change(direction: Tensor) -> Tensor:
+            _, _, start, target = self._at(self.u + _APART * scale * direction)
+            there = torch.lerp(start, target, beta)
+            return -scale * (there - here) / _APART
+
+        if size > _FULL:
+            total = torch.zeros_like(here[0])
+            for _ in range(_DIRECTIONS):
+                signs = 2.0 * torch.randint_like(self.u, 2) - 1.0
+                total += (signs * change(signs)).mean(dim=0)
+            diagonal = torch.nan_to_num(total / _DIRECTIONS).clamp(min=_LEAST_CURVATURE)
+            return scale * torch.rsqrt(diagonal)
+        eye = torch.eye(size, dtype=self.u.dtype, device=self.u.device)
+        matrix = torch.stack([change(axis).mean(dim=0) for axis in eye], dim=-1)
+        matrix = torch.nan_to_num(0.5 * (matrix + matrix.mT))
+        values, vectors = torch.linalg.eigh(matrix)
+        return scale[..., None] * vectors * torch.rsqrt(values.clamp(min=_LEAST_CURVATURE))[:, None]
 
 
 class _Path:
@@ -399,35 +492,33 @@ class _Path:
         guide: Program | None,
         x: Tensor,
         sites: ModelSites,
-        betas: Tensor,
+        betas: Tensor | None,
+        num_steps: int,
         num_chains: int,
         leapfrog_steps: int,
     ) -> None:
         check_density(model, x, sites)
-        self.x, self.betas = x, betas.to(x.device)
+        self.x, self._num_steps = x, num_steps
+        self._betas = None if betas is None else betas.to(x.device)
         self.num_chains, self.leapfrog_steps = num_chains, leapfrog_steps
         self._sites = list(sites.latents.values())
         self._maps = [to_unconstrained(site) for site in self._sites]
         self.start = Prior(model) if guide is None else proposal_of(model, guide, x, sites)
         draws = self._flat(self._draw(slice(None), _SCALE_DRAWS))
-        # Of draws without a spread, and of one whose tails have no variance, something positive.
+        # Of one whose tails have no variance, something positive too.
         spread = torch.quantile(draws, 0.84, dim=0) - torch.quantile(draws, 0.16, dim=0)
-        self.scale = (0.5 * spread).clamp(min=1e-6)
-        self._pieces(draws)
-        pilot = max(_PILOT_LEAST, len(betas) // _PILOT_SHARE)
-        self._pilot_betas = _thinned(self.betas, min(pilot, len(betas) - 1))
-        calls = len(self._rows) * leapfrog_steps
-        calls *= 2 * (len(betas) * len(self._chains) + len(self._pilot_betas))
-        self.densities = Repeated(self._densities, calls)
-        self._steps: dict[int, Tensor] = {}
+        self._scale = (0.5 * spread).clamp(min=1e-6)
+        self._most = max(_PILOT_LEAST, int(_PILOT_SHARE * num_steps))
+        self._split(draws)
+        calls = 2 * len(self._chains) * num_steps + self._most
+        self.densities = Repeated(self._densities, leapfrog_steps * len(self._rows) * calls)
+        self._courses: dict[int, _Course] = {}
 
-    def _pieces(self, draws: Tensor) -> None:
+    def _split(self, draws: Tensor) -> None:
         """Portions of the rows and of the chains that keep within the budget of memory."""
         x = self.x
         with forked_rng(0, x.device):
-            largest = bytes_of_largest(
-                lambda: self._densities(x, draws[:1], *self.start.params)
-            )
+            largest = bytes_of_largest(lambda: self._densities(x, draws[:1], *self.start.params))
         each = max(1, largest // len(x))
         pairs = max(1, chunk_bytes(x) // each)
         rows = min(len(x), max(1, pairs // self.num_chains))
@@ -435,12 +526,11 @@ class _Path:
         if any(support_name(site.support).endswith("for each row") for site in self._sites):
             rows = len(x)
         chains = min(self.num_chains, max(1, pairs // rows))
+        rows = min(rows, max(1, _COURSES // min(draws.shape[-1], _FULL) ** 2))
         rows = -(-len(x) // -(-len(x) // rows))
         chains = -(-self.num_chains // -(-self.num_chains // chains))
         self._rows = [slice(i, min(i + rows, len(x))) for i in range(0, len(x), rows)]
-        self._chains = [
-            min(chains, self.num_chains - i) for i in range(0, self.num_chains, chains)
-        ]
+        self._chains = [min(chains, self.num_chains - i) for i in range(0, self.num_chains, chains)]
 
     def _draw(self, rows: slice, count: int) -> dict[str, Tensor]:
         params = [p[rows] for p in self.start.params]
@@ -465,7 +555,7 @@ class _Path:
             part = u[..., at : at + count].reshape(*u.shape[:2], *shape)
             z = transform(part)
             term = transform.log_abs_det_jacobian(part, z)
-            jacobian = jacobian + term.reshape(*u.shape[:2], -1).sum(-1)
+            jacobian = jacobian + term.reshape(*term.shape[:2], -1).sum(-1)
             values[site.name] = z
             at += count
         return values, jacobian
@@ -491,18 +581,23 @@ class _Path:
         """
         weights, shares = [], []
         for rows in self._rows:
-            if rows.start not in self._steps:
-                self._steps[rows.start] = self._pilot(rows)
-            steps = self._steps[rows.start]
-            found = [self._run(rows, count, steps, latents) for count in self._chains]
+            if rows.start not in self._courses:
+                self._courses[rows.start] = self._pilot(rows)
+            found = [
+                self._run(rows, count, self._courses[rows.start], latents) for count in self._chains
+            ]
             weights.append(torch.cat([w for w, _ in found]))
             shares.append(torch.cat([a for _, a in found]).mean(dim=0))
         return torch.cat(weights, dim=1), torch.cat(shares)
 
     def _run(
-        self, rows: slice, count: int, steps: Tensor, latents: Mapping[str, Tensor] | None
+        self, rows: slice, count: int, course: _Course, latents: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        order = range(1, len(self.betas))
+        if self._betas is None:
+            betas = course.temperatures(self._num_steps)
+        else:
+            betas = self._betas.expand(len(course.betas), -1)
+        order = range(1, self._num_steps + 1)
         if latents is None:
             u = self._flat(self._draw(rows, count))
         else:
@@ -513,39 +608,55 @@ class _Path:
         weights = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
         accepted = torch.zeros_like(weights)
         for number, t in enumerate(order):
-            weights += (self.betas[t] - self.betas[t - 1]) * chains.log_ratio
-            # Forwards to the density at t, backwards to the one before it.
-            at = t if latents is None else t - 1
+            stride = betas[:, t] - betas[:, t - 1]
+            weights += torch.where(stride > 0, stride * chains.log_ratio, 0.0)
             if number < len(order) - 1:
-                accepted += chains.move(self.betas[at], steps[at - 1])
+                # Forwards to the density at t, backwards to the one before it.
+                beta = betas[:, t if latents is None else t - 1]
+                accepted += chains.move(beta, *course.at(beta))
         return weights, accepted / (len(order) - 1)
 
-    def _pilot(self, rows: slice) -> Tensor:
-        """Step sizes for the temperatures between the ends, ``(T - 1, rows)``."""
-        count = min(_PILOT_CHAINS, self._chains[0])
+    def _pilot(self, rows: slice) -> _Course:
+        """Go once through the temperatures, learning of steps, curvature and strides on the way."""
+        count = min(_PILOT_CHAINS, max(2, self._chains[0]))
         chains = _Chains(self, rows, self._flat(self._draw(rows, count)))
-        log_step = torch.full_like(chains.start[0], math.log(_FIRST_STEP), dtype=torch.float64)
-        inner = self._pilot_betas[1:-1]
-        if not len(inner):
-            inner = self.betas[1:2]
-        found = []
-        for number in range(-_PILOT_WARMUP, len(inner)):
-            chance = chains.move(inner[max(0, number)], torch.exp(log_step)).double().mean(dim=0)
-            log_step = log_step + _PILOT_RATE * (chance - _ACCEPTANCE)
-            log_step = log_step.clamp(math.log(_LEAST_STEP), math.log(_MOST_STEP))
-            if number >= 0:
-                found.append(log_step)
-        known = torch.stack(found)
-        wanted = self.betas[1:-1]
-        right = torch.searchsorted(inner, wanted).clamp(1, max(1, len(inner) - 1))
-        if len(inner) == 1:
-            return torch.exp(known.expand(len(wanted), -1))
-        low, high = inner[right - 1], inner[right]
-        share = ((wanted - low) / (high - low)).clamp(0, 1)[:, None]
-        return torch.exp(torch.lerp(known[right - 1], known[right], share))
+        scale = self._scale[rows]
+        beta = scale.new_full((len(scale),), _FIRST_BETA, dtype=torch.float64)
+        longest = _TRAJECTORY / self.leapfrog_steps
+        log_step = torch.full_like(beta, math.log(longest))
+        root = chains.root(beta, scale)
+        spread = chains.log_ratio.clamp(min=-1e30).var(dim=0)
+
+        def move() -> tuple[Tensor, Tensor]:
+            """One proposal; what is known afterwards of the step size and of the log ratio."""
+            chance = chains.move(beta, torch.exp(log_step), root).double().mean(dim=0)
+            step = log_step + _PILOT_RATE * (chance - _ACCEPTANCE)
+            seen = chains.log_ratio.clamp(min=-1e30).var(dim=0)
+            step = step.clamp(math.log(_LEAST_STEP), math.log(longest))
+            return step, torch.lerp(spread, seen, _PILOT_MEMORY)
+
+        for _ in range(_PILOT_WARMUP):
+            log_step, spread = move()
+        betas, steps, roots = [], [], []
+        for number in range(self._most):
+            if number % _LOOKS == 0:
+                root = chains.root(beta, scale)
+                roots.append(root)
+            betas.append(beta)
+            steps.append(log_step)
+            if bool((beta >= 1).all()):
+                break
+            stride = _PILOT_STRIDE / _pooled(spread, count).sqrt().clamp(min=1e-12)
+            if number > self._most // 2:
+                # What is left is gone in equal parts where the moves do not suffice.
+                stride = torch.maximum(stride, (1 - beta) / (self._most - 1 - number))
+            beta = (beta + stride).clamp(max=1.0)
+            log_step, spread = move()
+        betas[0], betas[-1] = torch.zeros_like(beta), torch.ones_like(beta)
+        return _Course(torch.stack(betas, 1), torch.stack(steps, 1), torch.stack(roots))
 
 
-def _thinned(betas: Tensor, count: int) -> Tensor:
-    """As many temperatures, spread as these are."""
-    index = torch.linspace(0, len(betas) - 1, count + 1, dtype=torch.float64).round().long()
-    return betas[index.to(betas.device)]
+def _pooled(variance: Tensor, count: int) -> Tensor:
+    """Variances of rows, drawn towards their mean as their degrees of freedom demand."""
+    own = count - 1
+    return (own * variance + _PILOT_SHARED * variance.mean()) / (own + _PILOT_SHARED)

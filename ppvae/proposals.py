@@ -48,7 +48,9 @@ class Proposal(ABC):
         """Draws by site, ``(num_samples, batch, *event)``, for rows and their ``params``."""
 
     @abstractmethod
-    def log_prob(self, x: Tensor, params: Sequence[Tensor], latents: Mapping[str, Tensor]) -> Tensor:
+    def log_prob(
+        self, x: Tensor, params: Sequence[Tensor], latents: Mapping[str, Tensor]
+    ) -> Tensor:
         """Log density of any draws, ``(num_samples, batch)``."""
 
     def log_densities(
@@ -67,7 +69,9 @@ class Prior(Proposal):
         """Draws of the prior."""
         return prior_draws(self.model, x, num_samples)
 
-    def log_prob(self, x: Tensor, params: Sequence[Tensor], latents: Mapping[str, Tensor]) -> Tensor:
+    def log_prob(
+        self, x: Tensor, params: Sequence[Tensor], latents: Mapping[str, Tensor]
+    ) -> Tensor:
         """log p(z)."""
         return prior_and_likelihood(self.model, x, latents)[0]
 
@@ -99,7 +103,9 @@ class Freed(Proposal):
             z[site] = family.member(own, z).sample(drawn)
         return z
 
-    def log_prob(self, x: Tensor, params: Sequence[Tensor], latents: Mapping[str, Tensor]) -> Tensor:
+    def log_prob(
+        self, x: Tensor, params: Sequence[Tensor], latents: Mapping[str, Tensor]
+    ) -> Tensor:
         """The sum of the members' log densities; −inf outside of their support."""
         parts = [
             log_density(family.member(own, latents), latents[site])
@@ -121,7 +127,9 @@ class Conditioned(Proposal):
         """Draws of the guide."""
         return guided(self._guide, x, num_samples)[0]
 
-    def log_prob(self, x: Tensor, params: Sequence[Tensor], latents: Mapping[str, Tensor]) -> Tensor:
+    def log_prob(
+        self, x: Tensor, params: Sequence[Tensor], latents: Mapping[str, Tensor]
+    ) -> Tensor:
         """log q(z | x)."""
         return log_guide(self._guide, x, latents)
 

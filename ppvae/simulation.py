@@ -103,9 +103,7 @@ def simulate(model: Program, x: Tensor, *, seed: int = 0) -> Simulated:
                 f"that you drew."
             )
         latents = {
-            site.name: drawn.nodes[site.name]["value"]
-            .expand(len(x), *site.event_shape)
-            .clone()
+            site.name: drawn.nodes[site.name]["value"].expand(len(x), *site.event_shape).clone()
             for site in sites.latents.values()
         }
     return Simulated(rows, latents)
