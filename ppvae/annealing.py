@@ -92,7 +92,7 @@ def sigmoid(num_steps: int) -> Tensor:
 
     Example:
         >>> sigmoid(4)
-        tensor([0.0000, 0.1049, 0.5000, 0.8951, 1.0000], dtype=torch.float64)
+        tensor([0.0000, 0.1050, 0.5000, 0.8950, 1.0000], dtype=torch.float64)
     """
     raw = torch.sigmoid(4.0 * (2 * linear(num_steps) - 1))
     return (raw - raw[0]) / (raw[-1] - raw[0])

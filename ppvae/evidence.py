@@ -6,7 +6,7 @@ Everything here is in nats, higher is better, one figure per row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,7 @@ from ppvae.density import (
 )
 from ppvae.guides import PerDatapoint
 from ppvae.isolation import check_rows, unvalidated
+from ppvae.proposals import Freed, knows_any_value, mixture_weights
 
 Bound = Literal["lower", "upper", "exact"]
 
@@ -266,62 +267,21 @@ def mixture_evidence(
     check_count("num_samples", num_samples, least=2)
     if not guides:
         raise ValueError("guides: expected at least one guide; got none.")
-    weights = []
     with judging(seed, x, model, *guides), unvalidated(), torch.no_grad():
-        if len(guides) > 1 and not all(_judges_any_draw(guide, x) for guide in guides):
+        proposals = [Freed(model, guide.families, guide.params(x)) for guide in guides]
+        if len(proposals) > 1 and not all(knows_any_value(each, x) for each in proposals):
             # A flow without an inverse knows the density of its own draws alone.
-            guides = guides[-1:]
-        params = [guide.params(x) for guide in guides]
-        for own, guide in zip(params, guides, strict=True):
-            parts = []
-            for size in draw_chunks(num_samples, x):
-                z: dict[str, Tensor] = {}
-                for site, family in guide.families.items():
-                    member = family.member(own[site], z)
-                    # A member that hangs on a draw has the draws among its rows already.
-                    drawn = torch.Size([] if family.given else [size])
-                    z[site] = member.sample(drawn)
-                parts.append(joint(model, x, z) - _log_mixture(guides, params, z))
-            weights.append(torch.cat(parts))
-    stacked = torch.stack(weights)
-    count = len(guides) * num_samples
-    value = torch.logsumexp(stacked.flatten(0, 1), dim=0) - math.log(count)
-    # Each guide's draws are a sample of their own.
-    relative = torch.exp(stacked - value).var(dim=1) / num_samples
-    return Estimate(value, relative.sum(dim=0).sqrt() / len(guides), "lower", "iwae")
+            proposals = proposals[-1:]
+        return mixture_of(mixture_weights(proposals, x, num_samples))
 
 
-def _judges_any_draw(guide: PerDatapoint, x: Tensor) -> bool:
-    """Whether a guide's density can be had at values that it did not draw itself."""
-    params = guide.params(x)
-    try:
-        values: dict[str, Tensor] = {}
-        for site, family in guide.families.items():
-            member = family.member(params[site], values)
-            values[site] = member.sample().clone()
-            member.log_prob(values[site])
-    except (KeyError, NotImplementedError, ValueError):
-        return False
-    return True
-
-
-def _log_mixture(
-    guides: Sequence[PerDatapoint], params: Sequence[Mapping[str, Tensor]], z: Mapping[str, Tensor]
-) -> Tensor:
-    terms = []
-    for guide, its in zip(guides, params, strict=True):
-        densities = []
-        for site, family in guide.families.items():
-            member = family.member(its[site], z)
-            inside = member.support.check(z[site])
-            # What lies outside of one family's support is drawn by another.
-            where = inside.reshape(inside.shape + (1,) * (z[site].dim() - inside.dim()))
-            # The tensor itself where it may be: a flow without an inverse knows it again.
-            whole = bool(inside.all())
-            safe = z[site] if whole else torch.where(where, z[site], member.sample())
-            densities.append(member.log_prob(safe).masked_fill(~inside, -torch.inf))
-        terms.append(torch.stack(densities).sum(dim=0))
-    return torch.logsumexp(torch.stack(terms), dim=0) - math.log(len(guides))
+def mixture_of(weights: Tensor) -> Estimate:
+    """The importance-weighted evidence of log weights ``(K, S, batch)`` against a mixture."""
+    count, num_samples = weights.shape[:2]
+    value = torch.logsumexp(weights.flatten(0, 1), dim=0) - math.log(count * num_samples)
+    # Each proposal's draws are a sample of their own.
+    relative = torch.exp(weights - value).var(dim=1) / num_samples
+    return Estimate(value, relative.sum(dim=0).sqrt() / count, "lower", "iwae")
 
 
 def enumeration(model: Program, x: Tensor) -> Estimate:

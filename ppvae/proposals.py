@@ -6,6 +6,7 @@ it says of the rows stands in tensors with a row for each, so that rows can be t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ppvae.density import (
     ModelSites,
     Program,
+    draw_chunks,
     guided,
     joint,
     log_density,
@@ -132,6 +134,49 @@ class Conditioned(Proposal):
     ) -> Tensor:
         """log q(z | x)."""
         return log_guide(self._guide, x, latents)
+
+
+def mixture_weights(
+    proposals: Sequence[Proposal], x: Tensor, num_samples: int, rows: Tensor | None = None
+) -> Tensor:
+    r"""Log weights of draws of several proposals against the mixture of all.
+
+    .. math:: \log w_{ksn} = \log p(x_n, z_{ksn}) - \log \tfrac1K \sum_j q_j(z_{ksn}),
+              \qquad z_{ksn} \sim q_k
+
+    The balance heuristic of Veach & Guibas (1995).
+
+    Args:
+        proposals: K proposals for the same model. A single one may be a flow without an inverse.
+        x: Rows.
+        num_samples: Draws S of each.
+        rows: Which rows are asked for; all of them if left out.
+
+    Returns:
+        ``(K, S, batch)``.
+    """
+    own = [p.params if rows is None else [q[rows] for q in p.params] for p in proposals]
+    x = x if rows is None else x[rows]
+    found = []
+    for proposal, params in zip(proposals, own, strict=True):
+        parts = []
+        for size in draw_chunks(num_samples, x):
+            z = proposal.draw(x, params, size)
+            terms = [p.log_prob(x, its, z) for p, its in zip(proposals, own, strict=True)]
+            mixture = torch.logsumexp(torch.stack(terms), dim=0) - math.log(len(proposals))
+            parts.append(joint(proposal.model, x, z) - mixture)
+        found.append(torch.cat(parts))
+    return torch.stack(found)
+
+
+def knows_any_value(proposal: Proposal, x: Tensor) -> bool:
+    """Whether a proposal's density can be had at values that it did not draw itself."""
+    try:
+        values = proposal.draw(x, proposal.params, 1)
+        proposal.log_prob(x, proposal.params, {name: z.clone() for name, z in values.items()})
+    except (KeyError, NotImplementedError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def proposal_of(model: Program, guide: Program, x: Tensor, sites: ModelSites) -> Proposal:
