@@ -38,6 +38,7 @@ from ppvae.gradients import GradientVariance, gradient_variance
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
 from ppvae.ledger import Comparison
 from ppvae.local import LocalFit, fit_per_datapoint
+from ppvae.pooling import PooledEstimate, log_evidence
 from ppvae.reconstruction import fit_autoencoder
 from ppvae.refinement import Refinement, refine
 from ppvae.repairs import RepairCosts, repair_costs
@@ -60,6 +61,7 @@ __all__ = [
     "GradientVariance",
     "LocalFit",
     "PerDatapoint",
+    "PooledEstimate",
     "Refinement",
     "RepairCosts",
     "Sandwich",
@@ -87,6 +89,7 @@ __all__ = [
     "guides",
     "iwae",
     "likelihoods",
+    "log_evidence",
     "log_joint",
     "log_weights",
     "models",

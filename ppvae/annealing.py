@@ -39,7 +39,7 @@ from ppvae.density import (
 from ppvae.evidence import Estimate, enumeration, iwae_from
 from ppvae.graphs import Repeated
 from ppvae.isolation import check_rows, forked_rng
-from ppvae.proposals import Prior, proposal_of
+from ppvae.proposals import Prior, Proposal, proposal_of
 from ppvae.simulation import Simulated, simulate
 
 Schedule = Callable[[int], Tensor]
@@ -181,9 +181,22 @@ def ais(
         sites = read_model(model, x) if guide is None else check_pair(model, guide, x)
         if any(site.is_discrete for site in sites.latents.values()):
             return _without_gradient(model, guide, x, sites, num_chains * num_steps)
-        path = _Path(model, guide, x, sites, betas, num_steps, num_chains, leapfrog_steps)
-        weights, acceptance = path.run()
-    return _estimate(weights, acceptance, x)
+        start = Prior(model) if guide is None else proposal_of(model, guide, x, sites)
+        path = _Path(start, x, sites, betas, num_steps, num_chains, leapfrog_steps)
+        return _estimate(*path.run(), x)
+
+
+def annealed(
+    start: Proposal,
+    x: Tensor,
+    sites: ModelSites,
+    *,
+    num_chains: int,
+    num_steps: int,
+    leapfrog_steps: int,
+) -> AnnealedEstimate:
+    """`ais` from any proposal, for code that provides the contexts of `judging` itself."""
+    return _estimate(*_Path(start, x, sites, None, num_steps, num_chains, leapfrog_steps).run(), x)
 
 
 @dataclass(frozen=True)
@@ -293,7 +306,8 @@ def sandwich(
                     f"latents: expected for site {name!r} a draw for each row, {wanted}; got "
                     f"{None if value is None else tuple(value.shape)}."
                 )
-        path = _Path(model, guide, x, sites, betas, num_steps, num_chains, leapfrog_steps)
+        start = Prior(model) if guide is None else proposal_of(model, guide, x, sites)
+        path = _Path(start, x, sites, betas, num_steps, num_chains, leapfrog_steps)
         lower = path.run()
         upper = path.run(drawn.latents)
     return Sandwich(x, _estimate(*lower, x), _estimate(*upper, x, upper=True))
@@ -488,8 +502,7 @@ class _Path:
 
     def __init__(
         self,
-        model: Program,
-        guide: Program | None,
+        start: Proposal,
         x: Tensor,
         sites: ModelSites,
         betas: Tensor | None,
@@ -497,13 +510,13 @@ class _Path:
         num_chains: int,
         leapfrog_steps: int,
     ) -> None:
-        check_density(model, x, sites)
+        check_density(start.model, x, sites)
+        self.start = start
         self.x, self._num_steps = x, num_steps
         self._betas = None if betas is None else betas.to(x.device)
         self.num_chains, self.leapfrog_steps = num_chains, leapfrog_steps
         self._sites = list(sites.latents.values())
         self._maps = [to_unconstrained(site) for site in self._sites]
-        self.start = Prior(model) if guide is None else proposal_of(model, guide, x, sites)
         draws = self._flat(self._draw(slice(None), _SCALE_DRAWS))
         # Of one whose tails have no variance, something positive too.
         spread = torch.quantile(draws, 0.84, dim=0) - torch.quantile(draws, 0.16, dim=0)

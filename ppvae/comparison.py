@@ -24,7 +24,14 @@ from ppvae.density import (
     weigh,
 )
 from ppvae.diagnostics import active_units, pareto_k, pareto_k_threshold
-from ppvae.evidence import Estimate, elbo_of, enumeration, mixture_evidence, quadrature
+from ppvae.evidence import (
+    Estimate,
+    elbo_of,
+    enumeration,
+    exact_evidence,
+    mixture_evidence,
+    quadrature,
+)
 from ppvae.families import Family, same_family
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
 from ppvae.isolation import (
@@ -361,16 +368,9 @@ def _evidence(
     samples: int,
     seed: int,
 ) -> Estimate:
-    exact = getattr(model, "log_evidence", None)
-    if callable(exact):
-        with judging(seed, x, model), torch.no_grad():
-            value = exact(x)
-        if not isinstance(value, Tensor) or value.shape != (len(x),):
-            raise ValueError(
-                f"model.log_evidence(x): expected a tensor of shape ({len(x)},), a figure for each "
-                f"row; got {tuple(value.shape) if isinstance(value, Tensor) else value!r}."
-            )
-        return Estimate(value, torch.zeros_like(value), "exact", "exact")
+    exact = exact_evidence(model, x)
+    if exact is not None:
+        return exact
     if num_configurations(sites) <= MOST_CONFIGURATIONS:
         return enumeration(model, x)
     if sites.size <= 2 and not any(s.is_discrete for s in sites.latents.values()):

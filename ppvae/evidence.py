@@ -284,6 +284,25 @@ def mixture_of(weights: Tensor) -> Estimate:
     return Estimate(value, relative.sum(dim=0).sqrt() / count, "lower", "iwae")
 
 
+def exact_evidence(model: Program, x: Tensor) -> Estimate | None:
+    """What the model's own ``log_evidence(x)`` says; `None` where it has none.
+
+    Raises:
+        ValueError: If that is no figure for each row.
+    """
+    exact = getattr(model, "log_evidence", None)
+    if not callable(exact):
+        return None
+    with judging(0, x, model), torch.no_grad():
+        value = exact(x)
+    if not isinstance(value, Tensor) or value.shape != (len(x),):
+        raise ValueError(
+            f"model.log_evidence(x): expected a tensor of shape ({len(x)},), a figure for each "
+            f"row; got {tuple(value.shape) if isinstance(value, Tensor) else value!r}."
+        )
+    return Estimate(value, torch.zeros_like(value), "exact", "exact")
+
+
 def enumeration(model: Program, x: Tensor) -> Estimate:
     r"""Evidence by a sum over all values of the latent variables, where these are discrete.
 

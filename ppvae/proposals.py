@@ -6,9 +6,11 @@ it says of the rows stands in tensors with a row for each, so that rows can be t
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,6 +46,12 @@ class Proposal(ABC):
 
     def __init__(self, model: Program, params: Sequence[Tensor] = ()) -> None:
         self.model, self.params = model, tuple(params)
+
+    def of_rows(self, rows: Tensor) -> Self:
+        """The proposal for some of the rows."""
+        own = copy.copy(self)
+        own.params = tuple(p[rows] for p in self.params)
+        return own
 
     @abstractmethod
     def draw(self, x: Tensor, params: Sequence[Tensor], num_samples: int) -> dict[str, Tensor]:
@@ -136,9 +144,7 @@ class Conditioned(Proposal):
         return log_guide(self._guide, x, latents)
 
 
-def mixture_weights(
-    proposals: Sequence[Proposal], x: Tensor, num_samples: int, rows: Tensor | None = None
-) -> Tensor:
+def mixture_weights(proposals: Sequence[Proposal], x: Tensor, num_samples: int) -> Tensor:
     r"""Log weights of draws of several proposals against the mixture of all.
 
     .. math:: \log w_{ksn} = \log p(x_n, z_{ksn}) - \log \tfrac1K \sum_j q_j(z_{ksn}),
@@ -150,19 +156,16 @@ def mixture_weights(
         proposals: K proposals for the same model. A single one may be a flow without an inverse.
         x: Rows.
         num_samples: Draws S of each.
-        rows: Which rows are asked for; all of them if left out.
 
     Returns:
         ``(K, S, batch)``.
     """
-    own = [p.params if rows is None else [q[rows] for q in p.params] for p in proposals]
-    x = x if rows is None else x[rows]
     found = []
-    for proposal, params in zip(proposals, own, strict=True):
+    for proposal in proposals:
         parts = []
         for size in draw_chunks(num_samples, x):
-            z = proposal.draw(x, params, size)
-            terms = [p.log_prob(x, its, z) for p, its in zip(proposals, own, strict=True)]
+            z = proposal.draw(x, proposal.params, size)
+            terms = [p.log_prob(x, p.params, z) for p in proposals]
             mixture = torch.logsumexp(torch.stack(terms), dim=0) - math.log(len(proposals))
             parts.append(joint(proposal.model, x, z) - mixture)
         found.append(torch.cat(parts))

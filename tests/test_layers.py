@@ -59,6 +59,7 @@ ROWS = [
     "evidence",
     "annealing",
     "diagnostics",
+    "pooling",
     "gradients",
     "ledger",
     "comparison",
