@@ -17,8 +17,9 @@ from ppvae.evidence import Estimate, enumeration, exact_evidence, mixture_of, qu
 from ppvae.isolation import check_rows, unvalidated
 from ppvae.proposals import Prior, Proposal, mixture_weights, proposal_of
 
-# Draws of all proposals together that tell how many a row needs, and the spare that they leave.
-_PILOT_DRAWS, _SPARE = 1000, 1.3
+# Draws of all proposals together that tell how many a row needs, and the spare that they leave;
+# more of it for what 16 chains tell of their own spread.
+_PILOT_DRAWS, _SPARE, _CHAINS_SPARE = 1000, 1.3, 2.0
 # Chains, temperatures of a first short run, and leapfrog steps of annealing, and how many
 # evaluations a gradient costs; with one more temperature for all chains it comes to `_EACH`.
 _CHAINS, _LEAST_STEPS, _LEAPFROGS, _GRADIENT = 16, 20, 5, 3
@@ -286,7 +287,9 @@ def _annealed(
 
     most = max(_LEAST_STEPS, budget // _EACH - _LEAST_STEPS)
     # The variance of a log weight falls as 1 / T.
-    wanted = _SPARE * _LEAST_STEPS * (run(rows, _LEAST_STEPS).stderr.double() / target).square()
+    wanted = (
+        _CHAINS_SPARE * _LEAST_STEPS * (run(rows, _LEAST_STEPS).stderr.double() / target).square()
+    )
     wanted = torch.nan_to_num(wanted, nan=float(most), posinf=float(most))
     size = 4.0 ** torch.ceil(torch.log2(wanted.clamp(min=_LEAST_STEPS)) / 2)
     size = size.clamp(max=float(most))
