@@ -66,6 +66,7 @@ def compare(
     fit: Fit | None = None,
     num_samples: int = 1000,
     evidence_samples: int = 5000,
+    evidence: Estimate | None = None,
     max_steps: int | None = None,
     seed: int = 0,
 ) -> Comparison:
@@ -98,6 +99,8 @@ def compare(
             speed per row of this call's batch.
         num_samples: Draws per row and guide for the ELBOs.
         evidence_samples: Draws per row and guide for an importance-weighted evidence.
+        evidence: log p(x) of these rows under this model, found beforehand, as by
+            `ppvae.log_evidence` or `ppvae.ais`; found here if left out.
         max_steps: As in `fit_per_datapoint`.
         seed: Seed of all draws; the caller's generators are left as they were.
 
@@ -128,6 +131,16 @@ def compare(
     check_rows(x, model, *guides.values())
     for name, value in (("num_samples", num_samples), ("evidence_samples", evidence_samples)):
         check_count(name, value, least=2)
+    if evidence is not None and evidence.value.shape != (len(x),):
+        raise ValueError(
+            f"evidence: expected a figure for each of the {len(x)} rows; got shape "
+            f"{tuple(evidence.value.shape)}. Estimate it for the rows that are compared."
+        )
+    if evidence is not None and evidence.bound == "upper":
+        raise ValueError(
+            "evidence: a gap against an upper bound says nothing of which side it lies on; got "
+            "one. Give the lower bound, or an exact figure."
+        )
     with private_store():
         # Bare parameters that nobody has made yet are made once: each stage would draw its own.
         with forked_rng(seed, x.device), evaluation_mode(model, *guides.values()):
@@ -142,6 +155,7 @@ def compare(
             fit,
             num_samples,
             evidence_samples,
+            evidence,
             max_steps,
             seed,
         )
@@ -177,6 +191,7 @@ def _compare(
     fit: Fit | None,
     num_samples: int,
     evidence_samples: int,
+    evidence: Estimate | None,
     max_steps: int | None,
     seed: int,
 ) -> Comparison:
@@ -202,7 +217,8 @@ def _compare(
     seconds_elbo = seconds_now(x.device) - began
     began = seconds_now(x.device)
     proposals = [*plan.freed.values(), *(local.guide for local in fits.values())]
-    evidence = _evidence(model, sites, proposals, x, evidence_samples, seed + 3)
+    if evidence is None:
+        evidence = _evidence(model, sites, proposals, x, evidence_samples, seed + 3)
     seconds_evidence = seconds_now(x.device) - began
     dataset = _ledger(weights, evidence, fits, of, list(guides))
     units = {name: _active(model, each, x, seed + 4) for name, each in columns.items()}

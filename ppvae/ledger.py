@@ -144,6 +144,8 @@ class Comparison:
             "quadrature": "numerical integral",
             "enumeration": "sum over all values of the latent variables",
             "iwae": "importance-weighted: a lower bound, and so the approximation gap is one",
+            "ais": "annealed: a lower bound, and so the approximation gap is one",
+            "pooled": "each row as it takes: a lower bound, and so the approximation gap is one",
         }[attrs["evidence_kind"]]
         head = [
             *self._collapse(),
@@ -298,7 +300,7 @@ class Comparison:
             lines.append(
                 f"Weights with heavy tails (Pareto k-hat above {threshold:.2f}) in {len(heavy)} of "
                 f"{ds.sizes['data']} data ({which}): log p(x) may be short there by more than its "
-                f"error. Compare with a run with more evidence_samples."
+                f"error. Pass evidence=ppvae.log_evidence(model, guide, x): it anneals such rows."
             )
         if attrs["ignored_scales"]:
             lines.append(

@@ -1,5 +1,6 @@
 """Evidence to a wanted error: each method where it belongs, and pooling that is not biased."""
 
+import dataclasses
 import math
 
 import pyro
@@ -205,3 +206,24 @@ def test_the_callers_random_numbers_are_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
     again = ppvae.log_evidence(Bare(model), guide, x, target_stderr=0.2, budget=20_000, seed=3)
     assert torch.equal(one.value, again.value)
+
+
+def test_a_comparison_takes_evidence_that_was_found_beforehand():
+    model = factors()
+    x = rows(model, 4)
+    guide = posterior_times(model, 0.9)
+    evidence = ppvae.log_evidence(Bare(model), guide, x, target_stderr=0.05)
+    family = DiagonalNormal(4)
+    found = ppvae.compare(Bare(model), guide, x, family=family, evidence=evidence, num_samples=200)
+    assert torch.equal(torch.as_tensor(found.dataset["log_evidence"].values), evidence.value)
+    gap = evidence.value - torch.as_tensor(found.dataset["elbo"].sel(guide="amortized").values)
+    assert torch.allclose(torch.as_tensor(found.dataset["inference_gap"].values), gap, atol=1e-4)
+    assert found.dataset.attrs["evidence_kind"] == "iwae"
+    with pytest.raises(ValueError, match="a figure for each of the 3 rows"):
+        ppvae.compare(Bare(model), guide, x[:3], family=family, evidence=evidence)
+    upper = dataclasses.replace(evidence, bound="upper")
+    with pytest.raises(ValueError, match="Give the lower bound"):
+        ppvae.compare(Bare(model), guide, x, family=family, evidence=upper)
+    annealed = ppvae.ais(Bare(model), guide, x, num_steps=20)
+    words = str(ppvae.compare(Bare(model), guide, x, family=family, evidence=annealed))
+    assert "annealed: a lower bound" in words
