@@ -12,14 +12,16 @@ from torch import Tensor
 from ppvae.annealing import annealed
 from ppvae.configurations import MOST_CONFIGURATIONS, num_configurations
 from ppvae.density import ModelSites, Program, check_pair, judging, read_model, row_chunks
-from ppvae.diagnostics import pareto_k, pareto_k_threshold
+from ppvae.diagnostics import pareto_k
 from ppvae.evidence import Estimate, enumeration, exact_evidence, mixture_of, quadrature
 from ppvae.isolation import check_rows, unvalidated
 from ppvae.proposals import Prior, Proposal, mixture_weights, proposal_of
 
 # Draws of all proposals together that tell how many a row needs, and the spare that they leave;
 # more of it for what 16 chains tell of their own spread.
-_PILOT_DRAWS, _SPARE, _CHAINS_SPARE = 1000, 1.3, 2.0
+_PILOT_DRAWS, _SPARE, _CHAINS_SPARE = 2000, 1.5, 2.0
+# Below it the variance of the weights is finite, and so their standard error can be believed.
+_SURE_K = 0.5
 # Chains, temperatures of a first short run, and leapfrog steps of annealing, and how many
 # evaluations a gradient costs; with one more temperature for all chains it comes to `_EACH`.
 _CHAINS, _LEAST_STEPS, _LEAPFROGS, _GRADIENT = 16, 20, 5, 3
@@ -33,7 +35,7 @@ class PooledEstimate(Estimate):
     Attributes:
         methods: By row, ``"exact"``, ``"enumeration"``, ``"quadrature"``, ``"iwae"`` or ``"ais"``.
         reached: Whether the standard error is what was asked for, and to be believed: of
-            importance weights, whether k-hat is below its threshold; ``(batch,)``.
+            importance weights, whether k-hat is below a half; ``(batch,)``.
         pareto_k: k-hat of the row's pilot draws; NaN where none were drawn; ``(batch,)``.
         evaluations: Evaluations of the joint density that the row took, a gradient counted as
             three; ``(batch,)``.
@@ -68,7 +70,8 @@ def log_evidence(
     2. enumeration, where all latents are discrete and have few values;
     3. quadrature, where there are at most two continuous latent elements;
     4. importance weighting with the mixture of all guides as proposal, where a pilot's k-hat is
-       below its threshold and the draws that the wanted error takes are within the budget;
+       below a half, so that the weights have a variance, and the draws that the wanted error takes
+       are within the budget;
     5. annealed importance sampling from the guide that did best in the pilot, with as many
        temperatures as the wanted error takes, or as the budget allows;
     6. for models with discrete latents, which have no gradient, importance weighting with what the
@@ -86,7 +89,7 @@ def log_evidence(
             everywhere. `None` for the prior alone.
         x: Rows, ``(batch, *event)``.
         target_stderr: Wanted standard error for each row, in nats.
-        budget: Most evaluations of the joint density for a row, the pilot's 1,000 not counted; a
+        budget: Most evaluations of the joint density for a row, the pilot's 2,000 not counted; a
             gradient counts as three. A row that takes more gets what the budget allows.
         seed: Seed of the draws; the caller's generators are left as they were.
 
@@ -239,7 +242,7 @@ def _weighted(
     count, _, batch = weights.shape
     ledger.k[rows] = pareto_k(weights.reshape(-1, batch)).to(ledger.k)
     ledger.evaluations[rows] += count * pilot
-    reliable = ledger.k[rows] < pareto_k_threshold(count * pilot)
+    reliable = ledger.k[rows] < _SURE_K
     # Draws of each proposal for the wanted error: the delta method's variance is that of one
     # draw of each, over their number.
     single = mixture_of(weights).stderr.double().square() * pilot

@@ -109,7 +109,7 @@ def test_the_exact_posterior_leaves_nothing_to_weigh():
     found = ppvae.log_evidence(Bare(model), posterior_times(model, 1.0), x)
     assert set(found.methods) == {"iwae"}
     assert torch.allclose(found.value, exact_of(model, x), atol=1e-3)
-    assert bool((found.evaluations <= 2100).all())
+    assert bool((found.evaluations <= 4100).all())
 
 
 def test_pooling_is_unbiased_where_one_proposal_has_the_wrong_tail():
@@ -155,7 +155,7 @@ def test_what_a_budget_does_not_reach_is_said():
     assert not bool(found.reached.any())
     assert "5 rows have a standard error above 0.0001 nats: raise budget" in found.status
     assert found.status in repr(found)
-    assert bool((found.evaluations <= 21_000).all())
+    assert bool((found.evaluations <= 22_000).all())
     assert torch.allclose(found.value, exact_of(model, x), atol=1.0)
 
 
