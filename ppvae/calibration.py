@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ class GuideCalibration:
         """Whether the ranks of no element are rejected."""
         return not self.rejected(level)
 
-    def _columns(self) -> list[object]:
+    def _columns(self) -> list[Any]:
         return list(self.pit.T.cpu().numpy())
 
     def _by_element(self, values: list[float]) -> Tensor:
@@ -135,28 +136,30 @@ class GuideCalibration:
         """What is off with an element, in words."""
         at, rows = self.names.index(name), len(self.pit)
         u = self.pit[:, at]
-        words = []
-        share = float((u < 0.5).double().mean())
-        if abs(share - 0.5) > _OFF * 0.5 / rows**0.5:
-            side, truth = ("high", "below") if share > 0.5 else ("low", "above")
-            part = max(share, 1 - share)
-            error = (part * (1 - part) / rows) ** 0.5
-            words.append(f"too {side}: the truth is {truth} its median in {_percent(part, error)}")
-        found = []
-        for level in LEVELS:
-            value, error = (float(part[at]) for part in self.coverage(level))
-            off = (value - level) / (level * (1 - level) / rows) ** 0.5
-            found.append((abs(off), off, level, value, error))
-        # Of levels that say it alike, the one that readers know best.
-        distance, off, level, value, error = found[-1]
-        if distance <= _OFF:
-            distance, off, level, value, error = max(found)
-        if distance > _OFF:
-            width = "narrow" if off < 0 else "wide"
-            words.append(
-                f"too {width}: {100 * level:.0f} % intervals hold {_percent(value, error)}"
-            )
-        return f"{name}: " + ("; ".join(words) or "of another shape than the posterior")
+        labels, facts = [], []
+        below = float((u < 0.5).double().mean())
+        if abs(below - 0.5) > _OFF * 0.5 / rows**0.5:
+            side, truth = ("high", "below") if below > 0.5 else ("low", "above")
+            share = max(below, 1 - below)
+            labels.append(f"too {side}")
+            error = (share * (1 - share) / rows) ** 0.5
+            facts.append(f"the truth is {truth} its median in {_percent(share, error)}")
+        # Intervals of the right width at the wrong place hold too little, so that the width is
+        # told by the spread about the middle, in units of a standard normal.
+        spread = float(torch.special.ndtri(u).std())
+        if abs(spread - 1) > _OFF / (2 * rows) ** 0.5:
+            labels.append("too narrow" if spread > 1 else "too wide")
+        held = {level: [float(part[at]) for part in self.coverage(level)] for level in LEVELS}
+        off = {
+            level: abs(share - level) / (level * (1 - level) / rows) ** 0.5
+            for level, (share, _) in held.items()
+        }
+        # The level that readers know best, unless another one shows more.
+        told = LEVELS[-1] if off[LEVELS[-1]] > _OFF else max(LEVELS, key=off.__getitem__)
+        if off[told] > _OFF:
+            facts.append(f"{100 * told:.0f} % intervals hold {_percent(*held[told])}")
+        words = ", ".join(labels) or "of another shape than the posterior"
+        return f"{name} {words}" + (f": {', '.join(facts)}" if facts else "")
 
     def __repr__(self) -> str:
         low, high = (float(end) for end in self.contraction.mean(dim=0).aminmax())
@@ -167,10 +170,10 @@ class GuideCalibration:
         off = self.rejected()
         if not off:
             least = float(self.p_values.min())
-            return f"ranks are uniform in {total} (smallest p {least:.2g}); {learnt}"
+            return f"ranks are uniform in {total} (smallest p {least:.2g}; {learnt})"
         shown = [self._misfit(name) for name in off[:4]]
         more = f"; and {len(off) - 4} more" if len(off) > 4 else ""
-        return f"off in {len(off)} of {total}: {'; '.join(shown)}{more}; {learnt}"
+        return f"off in {len(off)} of {total}: {'; '.join(shown)}{more} ({learnt})"
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,7 @@ def calibrate(
         False
         >>> found
         Calibration(1000 simulated rows, 99 draws of each posterior
-          amortized: off in 1 of 1 element: z[0]: too narrow: 95 % intervals hold ... %; ...)
+          amortized: off in 1 of 1 element: z[0] too narrow: 95 % intervals hold ... %...)
     """
     # A module that happens to be a mapping is a guide.
     named = isinstance(guides, Mapping) and not callable(guides)
@@ -319,10 +322,7 @@ def calibrate(
             f"x[:1].expand(200, ...), say."
         )
     with private_store():
-        if latents is None:
-            drawn = simulate(model, x, seed=seed)
-        else:
-            drawn = Simulated(x, dict(latents))
+        drawn = simulate(model, x, seed=seed) if latents is None else Simulated(x, dict(latents))
         x = drawn.x
         with forked_rng(seed, x.device), evaluation_mode(model, *given.values()), torch.no_grad():
             sites = read_model(model, x)
@@ -343,7 +343,7 @@ def calibrate(
         with forked_rng((seed + _TIES_STREAM) % 2**32, x.device):
             noise = torch.rand(2, *truth.shape, dtype=torch.float64, device=x.device)
         found = {}
-        everything = {**given, **{name: fit.guide for name, fit in fits.items()}}
+        everything: dict[str, Program] = {**given, **{name: f.guide for name, f in fits.items()}}
         for name, guide in everything.items():
             with (
                 judging((seed + _DRAWS_STREAM) % 2**32, x, model, guide),
@@ -363,7 +363,7 @@ def _calibration(
     variance: Tensor,
     num_samples: int,
 ) -> GuideCalibration:
-    below, ties = torch.zeros_like(truth, dtype=torch.int64), torch.zeros_like(truth, dtype=int)
+    below, ties = (torch.zeros_like(truth, dtype=torch.int64) for _ in range(2))
     total, squares = torch.zeros_like(truth), torch.zeros_like(truth)
     for size in draw_chunks(num_samples, x):
         z = _flat(guided(guide, x, size)[0], sites, (size,)).double()
