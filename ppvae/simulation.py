@@ -104,7 +104,7 @@ def simulate(model: Program, x: Tensor, *, seed: int = 0) -> Simulated:
                 f"before. Do that to the data once, before the model, or pass rows and latents "
                 f"that you drew."
             )
-        for site in (name, *sites.latents):
+        for site in (*sites.latents, name):
             one, two = drawn.nodes[site]["value"], other.nodes[site]["value"]
             if one.shape != two.shape or not torch.allclose(one, two, rtol=1e-4, equal_nan=True):
                 raise ValueError(

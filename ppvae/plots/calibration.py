@@ -97,9 +97,7 @@ def coverage(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
             )
             # Beside each other, so that whiskers of several curves can be told apart.
             place = level + 0.006 * (at - (len(curves) - 1) / 2)
-            ax.errorbar(
-                place, share, yerr=2 * error, color=look["color"], elinewidth=1, capsize=2
-            )
+            ax.errorbar(place, share, yerr=2 * error, color=look["color"], elinewidth=1, capsize=2)
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1.02)
     ax.set_box_aspect(1)
