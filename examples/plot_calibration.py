@@ -78,8 +78,8 @@ for name, part in found.guides.items():
     print(f"{name:15} {100 * share.mean():.0f} % of the 95 % intervals hold the truth")
 
 # %%
-# **The prior passes.** It knows nothing of x, and its ranks are uniform: it is calibrated, and of no
-# use. What tells it from the posterior is the contraction, 1 less the ratio of the posterior's
+# **The prior passes.** It knows nothing of x, and its ranks are uniform: it is calibrated, and of
+# no use. What tells it from the posterior is the contraction, 1 less the ratio of the posterior's
 # variance to the prior's. It should always be looked at beside the ranks.
 
 plots.z_scores(found)
@@ -87,9 +87,9 @@ plots.z_scores(found)
 # %%
 # Uniformity and symmetry
 # -----------------------
-# SBC asks whether the ranks are uniform, and finds whatever is off. VSBC (Yao et al. 2018) asks less:
-# are they symmetric? Variational posteriors are often too narrow, and may still be wanted to have
-# their mean in the right place.
+# SBC asks whether the ranks are uniform, and so sees width, place and shape. VSBC (Yao et al. 2018)
+# asks less: are they symmetric? Variational posteriors are often too narrow, and may still be wanted
+# to be in the right place.
 
 for name, part in found.guides.items():
     print(
@@ -107,7 +107,7 @@ for name, part in found.guides.items():
 digits = data.load("digits")
 with forked_rng(0):
     vae, guide = pairs.vae(x_dim=digits.x_dim, z_dim=2, hidden=[50])
-ppvae.fit(vae, guide, digits.train, steps=300 if QUICK else 2500, seed=0, progress=False)
+ppvae.fit(vae, guide, digits.train, steps=300 if QUICK else 2000, seed=0, progress=False)
 
 found = ppvae.calibrate(vae, guide, digits.train[:ROWS], per_datapoint=True)
 print(found)

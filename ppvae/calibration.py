@@ -45,7 +45,7 @@ _PRIOR_DRAWS = 20_000
 # a caller counts up: draws from the stream that made the data would be no independent draws.
 _DRAWS_STREAM, _TIES_STREAM, _PRIOR_STREAM = 271_828_183, 314_159_265, 141_421_356
 # What an element is called off by, in standard errors, once it is known to be off.
-_OFF = 2.0
+_OFF = 3.0
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def coverage(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
         >>> model, guide = ppvae.pairs.exponential_gaussian()
         >>> ax = coverage(ppvae.calibrate(model, guide, torch.zeros(100)))
         >>> ax.get_xlabel(), ax.get_ylabel()
-        ('level of the interval', 'share of true latents inside')
+        ('level of the interval (%)', 'true latents inside (%)')
     """
     ax = axes_or_new(ax, 4.2, 4.2)
     curves = list(_curves(calibration))
@@ -101,10 +101,10 @@ def coverage(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1.02)
     ax.set_box_aspect(1)
-    ax.set_xticks([0, 0.5, 0.8, 0.95], ["0", "50 %", "80 %", "95 %"])
-    ax.set_yticks([0, 0.5, 0.8, 0.95], ["0", "50 %", "80 %", "95 %"])
-    ax.set_xlabel("level of the interval")
-    ax.set_ylabel("share of true latents inside")
+    ax.set_xticks([0, 0.5, 0.8, 0.95], ["0", "50", "80", "95"])
+    ax.set_yticks([0, 0.5, 0.8, 0.95], ["0", "50", "80", "95"])
+    ax.set_xlabel("level of the interval (%)")
+    ax.set_ylabel("true latents inside (%)")
     return _with_legend(styled(ax, legend=False, grid="both"))
 
 
