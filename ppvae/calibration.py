@@ -44,6 +44,7 @@ _PRIOR_DRAWS = 20_000
 # The streams of random numbers of one call. They lie far from each other and from the seeds that
 # a caller counts up: draws from the stream that made the data would be no independent draws.
 _DRAWS_STREAM, _TIES_STREAM, _PRIOR_STREAM = 271_828_183, 314_159_265, 141_421_356
+_FIT_STREAM = 173_205_080
 # What an element is called off by, in standard errors, once it is known to be off.
 _OFF = 3.0
 
@@ -319,7 +320,7 @@ def calibrate(
         raise ValueError(
             f"x: a distribution of ranks takes at least 2 rows, and a hundred or more to say "
             f"anything; got {len(x)}. Only shape and number of the rows matter: pass "
-            f"x[:1].expand(200, ...), say."
+            f"x[:1].expand(200, *x.shape[1:]), say."
         )
     with private_store():
         drawn = simulate(model, x, seed=seed) if latents is None else Simulated(x, dict(latents))
@@ -336,7 +337,8 @@ def calibrate(
             for name, guide in given.items():
                 key = f"per_datapoint of {name}" if len(given) > 1 else "per_datapoint"
                 with _named(name):
-                    fits[key] = fit_per_datapoint(model, None, x, init=guide, seed=seed)
+                    stream = (seed + _FIT_STREAM) % 2**32
+                    fits[key] = fit_per_datapoint(model, None, x, init=guide, seed=stream)
         with judging((seed + _PRIOR_STREAM) % 2**32, x, model), torch.no_grad():
             variance = _prior_variance(model, x, sites)
         truth = _flat(drawn.latents, sites, ()).double()
