@@ -159,7 +159,7 @@ class GuideCalibration:
         told = LEVELS[-1] if off[LEVELS[-1]] > _OFF else max(LEVELS, key=off.__getitem__)
         if off[told] > _OFF:
             facts.append(f"{100 * told:.0f} % intervals hold {_percent(*held[told])}")
-        words = ", ".join(labels) or "of another shape than the posterior"
+        words = ", ".join(labels) or "off in shape, or in other ways from row to row"
         return f"{name} {words}" + (f": {', '.join(facts)}" if facts else "")
 
     def __repr__(self) -> str:

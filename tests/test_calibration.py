@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ppvae
-from ppvae import calibrate, density, plots, simulate
+from ppvae import calibrate, density, simulate
 from ppvae.calibration import LEVELS, GuideCalibration
 from ppvae.distributions import TruncatedNormal as TruncatedNormalDistribution
 from ppvae.families import LogNormal, TruncatedNormal
@@ -209,7 +209,7 @@ def test_another_shape_is_said_to_be_one(device):
     column = pit[:, None]
     found = GuideCalibration(("z",), column.long(), column, column, column, 99)
     assert not found.passes()
-    assert "z of another shape than the posterior (" in repr(found)
+    assert "z off in shape, or in other ways from row to row (" in repr(found)
 
 
 def untrained(device, family):
@@ -365,4 +365,14 @@ def test_pictures_hold_the_figures(device):
     assert len(points) == 2 * 2 * 300
     expected = torch.cat([found[g].z_scores[:, e] for g in guides for e in (0, 1)]).cpu().numpy()
     assert np.allclose(points[:, 1], expected)
-    assert plots.rank_ecdf is rank_ecdf
+
+
+def test_infinite_scores_are_left_out_of_the_picture_and_counted(device):
+    """A guide that is sure of the first class is right, at score 0, or infinitely wrong."""
+    model = GaussianMixture(1, 2, loc=torch.tensor([[-1.0], [1.0]])).to(device)
+    sure = guide_of(lambda x: dist.Categorical(logits=x * 0 + x.new_tensor([0.0, -torch.inf])))
+    found = calibrate(model, sure, torch.zeros(100, 1, device=device))
+    wrong = int((found.latents["z"] == 1).sum())
+    ax = z_scores(found)
+    assert ax.get_title() == f"left out, not finite: {wrong} of 100"
+    assert sum(len(part.get_offsets()) for part in ax.collections) == 100 - wrong
