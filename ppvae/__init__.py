@@ -28,6 +28,7 @@ from ppvae import (
 from ppvae.adversarial import AdversarialFit, fit_adversarial
 from ppvae.alternating import Alternation, fit_alternating
 from ppvae.annealing import AnnealedEstimate, Sandwich, ais, sandwich
+from ppvae.calibration import Calibration, calibrate
 from ppvae.classification import classify
 from ppvae.comparison import compare
 from ppvae.compiled import SVI, CompileReport, CompileWarning
@@ -42,6 +43,7 @@ from ppvae.pooling import PooledEstimate, log_evidence
 from ppvae.reconstruction import fit_autoencoder
 from ppvae.refinement import Refinement, refine
 from ppvae.repairs import RepairCosts, repair_costs
+from ppvae.simulation import Simulated, simulate
 from ppvae.training import Fit, fit
 
 __version__ = version("ppvae")
@@ -52,6 +54,7 @@ __all__ = [
     "Alternation",
     "Amortized",
     "AnnealedEstimate",
+    "Calibration",
     "Comparison",
     "CompileReport",
     "CompileWarning",
@@ -65,8 +68,10 @@ __all__ = [
     "Refinement",
     "RepairCosts",
     "Sandwich",
+    "Simulated",
     "ais",
     "annealing",
+    "calibrate",
     "classical",
     "classify",
     "compare",
@@ -102,4 +107,5 @@ __all__ = [
     "refine",
     "repair_costs",
     "sandwich",
+    "simulate",
 ]

@@ -245,12 +245,13 @@ def active_units(
         variance=ratio,
         stderr=torch.hypot(stderr / prior, ratio * prior_stderr / prior),
         prior_variance=prior,
-        names=tuple(name for site in sites for name in _element_names(site)),
+        names=tuple(name for site in sites for name in element_names(site)),
         threshold=threshold,
     )
 
 
-def _element_names(site: LatentSite) -> list[str]:
+def element_names(site: LatentSite) -> list[str]:
+    """Site and index of each element of a latent, such as ``"z[0]"``; a scalar has no index."""
     if not site.event_shape:
         return [site.name]
     return [f"{site.name}[{','.join(map(str, index))}]" for index in np.ndindex(*site.event_shape)]
@@ -445,4 +446,4 @@ def _site_kl(latent: Latent) -> Tensor:
 
 
 def _entry_names(site: LatentSite, value: Tensor) -> list[str]:
-    return [site.name] if value.shape[-1] != site.size else _element_names(site)
+    return [site.name] if value.shape[-1] != site.size else element_names(site)

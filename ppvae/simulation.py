@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppvae.density import (
@@ -18,7 +19,7 @@ from ppvae.density import (
     sample_sites,
     without_trace,
 )
-from ppvae.isolation import check_rows, unvalidated
+from ppvae.isolation import check_rows, forked_rng, unvalidated
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def simulate(model: Program, x: Tensor, *, seed: int = 0) -> Simulated:
 
     Args:
         model: A Pyro model with one local plate and one observed site, called as ``model(x)``.
-        x: Rows of the right shape: as many are drawn, and their values do not matter.
+        x: Rows that the likelihood allows: as many are drawn, and else their values do not matter.
         seed: Seed of the draws; the caller's generators are left as they were.
 
     Returns:
@@ -51,7 +52,8 @@ def simulate(model: Program, x: Tensor, *, seed: int = 0) -> Simulated:
 
     Raises:
         ValueError: If the model observes several sites or something else than its rows, has a
-            ``pyro.factor``, or the rows or the model are unfit.
+            ``pyro.factor``, draws something else for other values of the rows, or the rows or the
+            model are unfit.
 
     Example:
         >>> import torch
@@ -77,8 +79,7 @@ def simulate(model: Program, x: Tensor, *, seed: int = 0) -> Simulated:
                 f"them into one event, or draw rows and latents yourself where they are asked for."
             )
         (name,) = observed
-        with unvalidated():
-            drawn = poutine.trace(poutine.uncondition(model)).get_trace(x)
+        drawn = _drawn(model, x, seed)
         value = drawn.nodes[name]["value"]
         seen = observed[name]["value"]
         if value.numel() != x.numel() or seen.shape != value.shape:
@@ -90,20 +91,35 @@ def simulate(model: Program, x: Tensor, *, seed: int = 0) -> Simulated:
         try:
             with unvalidated():
                 again = poutine.trace(model).get_trace(rows).nodes[name]["value"]
+            other = _drawn(model, rows, seed)
         except NoLikelihoodError:
             raise
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"model: it does not run on rows that it drew: {without_trace(error)}"
             ) from error
-        if not torch.equal(again.to(value.dtype), value):
+        if not torch.equal(again.to(x.dtype).reshape(x.shape), rows):
             raise ValueError(
                 f"Site {name!r}: given rows that it drew, the model observes others: it changes x "
                 f"before. Do that to the data once, before the model, or pass rows and latents "
                 f"that you drew."
             )
+        for site in (*sites.latents, name):
+            one, two = drawn.nodes[site]["value"], other.nodes[site]["value"]
+            if one.shape != two.shape or not torch.allclose(one, two, rtol=1e-4, equal_nan=True):
+                raise ValueError(
+                    f"Site {site!r}: what the model draws there hangs on the values of the rows "
+                    f"that it is called with, so that these are no draws of p(z) p(x | z). Keep "
+                    f"covariates outside of x, or pass rows and latents that you drew."
+                )
         latents = {
             site.name: drawn.nodes[site.name]["value"].expand(len(x), *site.event_shape).clone()
             for site in sites.latents.values()
         }
     return Simulated(rows, latents)
+
+
+def _drawn(model: Program, x: Tensor, seed: int) -> Trace:
+    """A run of the model in which nothing is observed; the same seed draws the same."""
+    with forked_rng(seed, x.device), unvalidated():
+        return poutine.trace(poutine.uncondition(model)).get_trace(x)

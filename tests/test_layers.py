@@ -60,6 +60,8 @@ ROWS = [
     "annealing",
     "diagnostics",
     "pooling",
+    "uniformity",
+    "calibration",
     "gradients",
     "ledger",
     "comparison",

@@ -612,12 +612,15 @@ EVERY: dict[str, Callable[[SimpleNamespace, SimpleNamespace, Any], Any]] = {
     "gradient_variance": lambda t, v, ax: plots.gradient_variance(
         ppvae.gradient_variance(t.model, t.guide, t.x, num_draws=8), ax=ax
     ),
+    "rank_ecdf": lambda t, v, ax: plots.rank_ecdf(ppvae.calibrate(t.model, t.guide, t.x), ax=ax),
+    "coverage": lambda t, v, ax: plots.coverage(ppvae.calibrate(t.model, t.guide, t.x), ax=ax),
+    "z_scores": lambda t, v, ax: plots.z_scores(ppvae.calibrate(t.model, t.guide, t.x), ax=ax),
 }
 each_plot = pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY.keys())
 
 
 def test_every_public_function_is_in_the_list() -> None:
-    rooms = ("collapse", "gaps", "gradients", "images", "mending", "toy")
+    rooms = ("calibration", "collapse", "gaps", "gradients", "images", "mending", "toy")
     drawing = [getattr(plots, room) for room in rooms]
     public = {
         name

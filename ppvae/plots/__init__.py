@@ -6,6 +6,7 @@ Okabe & Ito (2008), which colour-blind readers can tell apart. Matplotlib's sett
 are.
 """
 
+from ppvae.plots.calibration import coverage, rank_ecdf, z_scores
 from ppvae.plots.collapse import element_kl
 from ppvae.plots.gaps import gap_against, gap_bars, gap_sorted
 from ppvae.plots.gradients import gradient_variance
@@ -21,6 +22,7 @@ from ppvae.plots.mending import explanation, refinement, repair_costs
 from ppvae.plots.toy import toy_posterior
 
 __all__ = [
+    "coverage",
     "element_kl",
     "explanation",
     "gap_against",
@@ -30,10 +32,12 @@ __all__ = [
     "interpolation",
     "latent_grid",
     "latent_scatter",
+    "rank_ecdf",
     "reconstructions",
     "refinement",
     "repair_costs",
     "samples",
     "toy_posterior",
     "traversals",
+    "z_scores",
 ]
