@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-# oneDNN has to be this much faster: what is gained below that is lost in noise.
-_WORTHWHILE = 0.9
+# oneDNN has to be this much faster: what is gained below that is lost in noise, and another choice
+# makes another graph, which no earlier process has compiled.
+_WORTHWHILE = 0.75
 _SECONDS, _MOST_ROUNDS = 0.02, 20
 
 _faster: dict[tuple[Any, ...], bool] = {}

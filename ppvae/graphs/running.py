@@ -64,7 +64,8 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Runner, int]:
             module, products = with_fastest_products(graph.module)
             keep_draws(module.graph)
             module.recompile()
-            call = _inductor.compile(module, every, options=options)
+            with _remembered():
+                call = _inductor.compile(module, every, options=options)
         except Exception as error:
             said = str(error).strip().splitlines()
             raise CompileError(f"{type(error).__name__}: {said[0] if said else ''}") from error
@@ -75,6 +76,20 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Runner, int]:
         return out
 
     return run, products
+
+
+@contextmanager
+def _remembered() -> Iterator[None]:
+    """Let the compiler look a graph up among those that it has compiled in earlier processes.
+
+    It refuses to without a place for symbolic shapes, though there are none here.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
+        yield
 
 
 def cuda_graph(runner: Runner, graph: Graph, inputs: Sequence[Tensor]) -> Runner:
