@@ -253,10 +253,10 @@ def weight_diagnostics(
       shape :math:`-2/d`. Where the fitted tail holds both the pile and larger weights beyond it,
       k-hat is large whatever the tail is. On the toy at x = −2 the best gamma guide has a
       concentration of 1.062, so that its weights have a tail of shape 1 − 1/1.062 = 0.06 towards
-      z = 0, a gap of 0.0014 nats and an effective sample size of 99.8 % of the draws. Its k-hat is
-      0.7 with 1,000 draws, 4.0 with 10,000, and 0.08 with 40,000, when the fitted tail lies beyond
-      the pile. `WeightDiagnostics.flat` marks rows of this kind: read the effective sample size
-      there, or take more draws.
+      z = 0, a gap of 0.0014 nats and an effective sample size of 99.8 % of the draws. Its k-hat,
+      in the mean over 20 seeds, is 0.7 with 1,000 draws, 4.0 with 10,000, and 0.08 with 40,000,
+      when the fitted tail lies beyond the pile. `WeightDiagnostics.flat` marks rows of this kind:
+      read the effective sample size there, or take more draws.
     - *A mode that no draw has met* leaves no trace in any weight. k-hat and effective sample size
       are then those of the modes that were met.
 

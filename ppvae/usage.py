@@ -234,8 +234,9 @@ class ElementUse:
         unused = int((self.drop <= 2 * self.stderr).sum())
         return (
             f"ElementUse(reconstruction {self.reconstruction:.4g} ± "
-            f"{self.reconstruction_stderr:.2g} nats a datum; without all elements "
-            f"{self.together:.3g} ± {self.together_stderr:.2g} less; largest drops: {largest}; "
+            f"{self.reconstruction_stderr:.2g} nats a datum, {self.together:.3g} ± "
+            f"{self.together_stderr:.2g} less with another row's latents; of one element alone: "
+            f"{largest}; "
             f"no drop beyond two standard errors in {unused} of {len(self.names)})"
         )
 
