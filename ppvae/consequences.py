@@ -85,7 +85,8 @@ class Consequences:
         what = {"mean_shift": "posterior mean, prior sd", "sd_shift": "posterior sd, prior sd"}
         if "function" in ds.coords:
             what |= {name: f"E[{name}]" for name in ds["function"].values.tolist()}
-        what["predictive_shift"] = f"log E[p({attrs['predictive_of']} | z)], nats"
+        of = "x_new" if attrs["predictive_of"] == "x_new" else "the x that was read"
+        what["predictive_shift"] = f"log E[p({of} | z)], nats"
         width = max(map(len, what.values()))
         lines = [
             f"Consequences of {attrs['guide']!r} in place of q* ({attrs['family']}), "

@@ -55,7 +55,7 @@ def pareto_k(weights: Tensor) -> Tensor:
 
     Returns:
         ``(batch,)``; −inf where the weights of a row, or the largest of them, are equal; NaN
-        where all are zero or one is no number, and with fewer than 25 draws.
+        where nearly all are zero or one is no number, and with fewer than 25 draws.
 
     Example:
         >>> import torch
@@ -117,7 +117,7 @@ def psis(weights: Tensor) -> Smoothed:
             f"each row; got {tuple(weights.shape)}. See ppvae.log_weights."
         )
     smoothed = weights.detach().double().cpu()
-    k = torch.full((smoothed.shape[1],), torch.nan, dtype=torch.float64)
+    k = smoothed.new_full((smoothed.shape[1],), torch.nan)
     proper = torch.isfinite(smoothed.amax(dim=0)) & ~torch.isnan(smoothed).any(dim=0)
     if len(smoothed) >= _LEAST_DRAWS:
         smoothed = smoothed.clone()
@@ -141,9 +141,11 @@ def _smoothed_row(row: Tensor) -> tuple[Tensor, float]:
             normalised, k = array_stats.psislw(-log_w)
     except ValueError:  # The largest weights are all the same.
         return row, -math.inf
+    if np.isnan(normalised).any():  # Too many of them are zero for a fit.
+        return row, math.nan
     # ArviZ divides by the sum, which is read off a weight below the tail of a fifth at most.
     body = np.argsort(log_w)[len(log_w) - len(log_w) // 5 - 1]
-    return top + torch.as_tensor(normalised + (log_w[body] - normalised[body])), float(k)
+    return top + torch.from_numpy(normalised + (log_w[body] - normalised[body])), float(k)
 
 
 def pareto_k_threshold(num_samples: int) -> float:

@@ -225,7 +225,7 @@ def test_words_name_the_worst_rows(case):
     assert float(head.split("prior sd")[1].split(",")[0]) == pytest.approx(size, rel=0.05)
     assert f"worst: {int(found.worst('mean_shift', 1))} z[0] (" in head
     assert "E[constant]" in text
-    assert "log E[p(x | z)], nats" in text
+    assert "log E[p(the x that was read | z)], nats" in text
     with pytest.raises(ValueError, match="name: expected one of .*'square'.*; got 'cube'"):
         found.worst("cube")
 

@@ -84,6 +84,15 @@ def test_few_draws_and_vanishing_rows_are_left_alone():
     assert torch.equal(found.log_evidence[2:], alone.log_evidence)
 
 
+def test_weights_of_which_most_vanish_are_not_smoothed():
+    """A tail of zeros has no shape; what is left is the plain mean."""
+    weights = torch.randn(400, 2)
+    weights[40:] = -torch.inf
+    found = psis(weights)
+    assert bool(found.pareto_k.isnan().all())
+    torch.testing.assert_close(found.log_evidence, weights.logsumexp(dim=0) - math.log(400))
+
+
 def test_smoothing_has_less_error_than_the_plain_mean_and_says_how_much():
     """Tails of shape 0.6, whose weights have no variance; 400 rows are 400 repetitions."""
     weights = pareto_weights(0.6, 1000, 400)
