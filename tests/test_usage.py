@@ -177,10 +177,12 @@ def test_portions_of_draws_give_the_same(device, monkeypatch):
 def test_words(device):
     model, guide = normal_pair(lambda x: 20 * x, torch.ones_like)
     far = torch.arange(4.0, device=device)
-    assert repr(mutual_information(model, guide, far)).startswith(
-        "MutualInformation(1.386 ± 0 nats of at most 1.386 between 4 rows and their latents, near "
-        "the ceiling: with more rows it would be larger; marginal KL "
-    )
+    text = repr(mutual_information(model, guide, far))
+    assert text.startswith("MutualInformation(1.386 ± ")
+    assert (
+        " nats of at most 1.386 between 4 rows and their latents, near the ceiling: with more rows "
+        "it would be larger; marginal KL "
+    ) in text
     assert "ceiling" not in repr(mutual_information(model, guide, far / 40))
 
 
