@@ -158,8 +158,8 @@ def consequences(
     q* is the best of a family, and not the posterior: a shift of 0 says that the encoder loses
     nothing. What the family loses, the approximation gap, is not in it.
 
-    It costs 2 S evaluations for a row, and those of one ELBO of the comparison, which is drawn again
-    to see that nothing has changed.
+    It costs 2 S evaluations for a row, and those of one ELBO of the comparison, which is drawn
+    again to see that nothing has changed.
 
     Args:
         comparison: What `ppvae.compare` returned.
