@@ -105,7 +105,7 @@ class Consequences:
         value, stderr = self._shift(name)
         with np.errstate(invalid="ignore"):
             square = float((value**2 - stderr**2).mean())
-            beyond = int((np.abs(value) > 2 * stderr).any(axis=1).sum())
+            beyond = int((np.abs(value) > 2 * stderr).sum())
         size = math.sqrt(max(square, 0.0)) if not math.isnan(square) else math.nan
         ds = self.dataset
         rows = []
@@ -114,7 +114,10 @@ class Consequences:
             number = int(ds["row"][row]) if "row" in ds.coords else int(row)
             element = f" {ds['element'].values[at]}" if name in ("mean_shift", "sd_shift") else ""
             rows.append(f"{number}{element} ({value[row, at]:+.3g} ± {stderr[row, at]:.2g})")
-        return f"{size:.3g}, beyond two standard errors in {beyond} rows; worst: {', '.join(rows)}"
+        return (
+            f"{size:.3g}, beyond two standard errors in {beyond} of {value.size}; worst: "
+            f"{', '.join(rows)}"
+        )
 
 
 def _with_error(name: str) -> tuple[str, str]:

@@ -224,6 +224,9 @@ def test_words_name_the_worst_rows(case):
     size = float(shift.square().mean().sqrt())
     assert float(head.split("prior sd")[1].split(",")[0]) == pytest.approx(size, rel=0.05)
     assert f"worst: {int(found.worst('mean_shift', 1))} z[0] (" in head
+    value, stderr = both(found, "mean_shift")
+    clear = int((value.abs() > 2 * stderr).sum())
+    assert f"beyond two standard errors in {clear} of 24; " in head
     assert "E[constant]" in text
     assert "log E[p(the x that was read | z)], nats" in text
     with pytest.raises(ValueError, match="name: expected one of .*'square'.*; got 'cube'"):
