@@ -261,9 +261,8 @@ def element_use(
 
     The reconstruction term is the log density of what is observed given *all* latents. Of layers,
     one that reaches x through another latent alone has a drop of exactly 0: see
-    `ppvae.diagnostics.element_kl` for it. Drops do not add up: of two elements that only say
-    something together each has the whole of it, and of two that say the same either may be missed
-    less than it says.
+    `ppvae.diagnostics.element_kl` for it. Drops do not add up: where elements balance each other,
+    one of them alone may cost more than both.
 
     It costs S evaluations of the decoder per row for each element, and two times S more.
 
