@@ -32,7 +32,9 @@ from ppvae.calibration import Calibration, calibrate
 from ppvae.classification import classify
 from ppvae.comparison import compare
 from ppvae.compiled import SVI, CompileReport, CompileWarning
+from ppvae.consequences import Consequences, consequences
 from ppvae.density import log_joint, log_weights
+from ppvae.diagnostics import WeightDiagnostics, weight_diagnostics
 from ppvae.evidence import Estimate, elbo, enumeration, iwae, quadrature
 from ppvae.explanation import Explanation, explain
 from ppvae.gradients import GradientVariance, gradient_variance
@@ -45,6 +47,7 @@ from ppvae.refinement import Refinement, refine
 from ppvae.repairs import RepairCosts, repair_costs
 from ppvae.simulation import Simulated, simulate
 from ppvae.training import Fit, fit
+from ppvae.usage import ElementUse, MutualInformation, element_use, mutual_information
 
 __version__ = version("ppvae")
 
@@ -58,27 +61,33 @@ __all__ = [
     "Comparison",
     "CompileReport",
     "CompileWarning",
+    "Consequences",
+    "ElementUse",
     "Estimate",
     "Explanation",
     "Fit",
     "GradientVariance",
     "LocalFit",
+    "MutualInformation",
     "PerDatapoint",
     "PooledEstimate",
     "Refinement",
     "RepairCosts",
     "Sandwich",
     "Simulated",
+    "WeightDiagnostics",
     "ais",
     "annealing",
     "calibrate",
     "classical",
     "classify",
     "compare",
+    "consequences",
     "data",
     "density",
     "diagnostics",
     "elbo",
+    "element_use",
     "enumeration",
     "evidence",
     "explain",
@@ -98,6 +107,7 @@ __all__ = [
     "log_joint",
     "log_weights",
     "models",
+    "mutual_information",
     "nn",
     "objectives",
     "pairs",
@@ -108,4 +118,5 @@ __all__ = [
     "repair_costs",
     "sandwich",
     "simulate",
+    "weight_diagnostics",
 ]

@@ -515,7 +515,20 @@ def check_current(comparison: Comparison, guide: str) -> None:
             f"{_family_names(own)}, so that it holds the difference between the families "
             f"too. Compare again without family=."
         )
-    weights = paired_weights(model, {guide: program}, x, attrs["num_samples"], attrs["seed"] + 2)
+    check_unchanged(comparison, guide)
+
+
+def check_unchanged(comparison: Comparison, guide: str) -> None:
+    """Refuse a comparison whose guide or model has another ELBO than when it was made.
+
+    Raises:
+        ValueError: If the guide or the model has changed since.
+    """
+    ds, attrs = comparison.dataset, comparison.dataset.attrs
+    program = {guide: comparison.guides[guide]}
+    weights = paired_weights(
+        comparison.model, program, comparison.x, attrs["num_samples"], attrs["seed"] + 2
+    )
     now = elbo_of(weights[guide]).value.double().cpu()
     then = torch.as_tensor(ds["elbo"].sel(guide=guide).values).double()
     if bool(((now - then).abs() > 1e-3 * then.abs().clamp(min=1.0)).any()):
