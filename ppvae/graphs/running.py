@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,10 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Runner, int]:
             module, products = with_fastest_products(graph.module)
             keep_draws(module.graph)
             module.recompile()
-            with _remembered():
+            try:
+                with _remembered():
+                    call = _inductor.compile(copy.deepcopy(module), every, options=options)
+            except Exception:  # Of older versions, for which there is nothing to look up.
                 call = _inductor.compile(module, every, options=options)
         except Exception as error:
             said = str(error).strip().splitlines()
