@@ -381,11 +381,13 @@ class _Course:
     roots: Tensor
 
     def temperatures(self, count: int) -> Tensor:
-        """``(rows, count + 1)``, equally many between any two of its own."""
-        points = self.betas.shape[1]
-        at = torch.linspace(0, points - 1, count + 1, dtype=torch.float64, device=self.betas.device)
-        low = at.floor().long().clamp(max=points - 2)
-        return torch.lerp(self.betas[:, low], self.betas[:, low + 1], at - low)
+        """``(rows, count + 1)``, equally many between any two that a row took to come to 1."""
+        arrival = (self.betas >= 1).int().argmax(dim=1, keepdim=True)
+        share = torch.linspace(0, 1, count + 1, dtype=torch.float64, device=self.betas.device)
+        at = share * arrival
+        low = at.floor().long().clamp(max=self.betas.shape[1] - 2)
+        below, above = self.betas.gather(1, low), self.betas.gather(1, low + 1)
+        return torch.lerp(below, above, at - low)
 
     def at(self, beta: Tensor) -> tuple[Tensor, Tensor]:
         """Step sizes ``(rows,)`` and roots at a temperature of each row."""
