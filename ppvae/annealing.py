@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from ppvae.configurations import MOST_CONFIGURATIONS, num_configurations
 from ppvae.density import (
+    LatentSite,
     ModelSites,
     Program,
     bytes_of_largest,
@@ -47,18 +49,20 @@ Schedule = Callable[[int], Tensor]
 
 # Acceptance that step sizes are led to, in the middle of what is best for HMC in any dimension.
 _ACCEPTANCE = 0.8
-# The pilot: chains, moves before it sets off, standard deviations of a log weight's increment that
-# it goes at a time, and most steps as a share of those of the run, or at least.
-_PILOT_CHAINS, _PILOT_WARMUP, _PILOT_STRIDE, _PILOT_SHARE, _PILOT_LEAST = 8, 20, 0.25, 0.5, 100
+# The pilot: chains, moves before it sets off, and most steps as a share of those of the run, or at
+# least; standard deviations of a log weight's increment that it goes at a time, and how many times
+# farther at its last step.
+_PILOT_CHAINS, _PILOT_WARMUP, _PILOT_SHARE, _PILOT_LEAST = 8, 20, 0.5, 100
+_PILOT_STRIDE, _PILOT_GROWTH = 0.1, 16.0
 # How fast the pilot's step sizes and running moments follow, and how many degrees of freedom the
-# other rows' variances count for.
-_PILOT_RATE, _PILOT_MEMORY, _PILOT_SHARED = 0.3, 0.2, 4.0
+# other rows' variances count for; the least standard deviation of a log ratio.
+_PILOT_RATE, _PILOT_MEMORY, _PILOT_SHARED, _LEAST_SPREAD = 0.3, 0.2, 4.0, 1e-6
 # Moves between two looks at the curvature; latent elements up to which it is a full matrix, and
 # random directions that find the diagonal of larger ones; the distance of a difference, and the
 # least curvature that is believed, in units of the start's scale.
 _LOOKS, _FULL, _DIRECTIONS, _APART, _LEAST_CURVATURE = 8, 64, 8, 0.02, 0.1
-# Numbers in the roots of the curvature at one temperature.
-_COURSES = 1_000_000
+# The roots of the curvature at all temperatures, in units of the largest tensor.
+_COURSES = 8
 _LEAST_STEP = 1e-5
 # The longest way of a proposal, in standard deviations: a quarter of a turn leaves of a Gaussian's
 # place nothing, and of its square nothing, which sets the log density; half a turn leaves all.
@@ -70,6 +74,8 @@ _JITTER = 0.2
 _SCALE_DRAWS = 64
 # Beyond this the exponential of an unconstrained value is no number in float32.
 _FARTHEST = 85.0
+# How near a value comes to itself on the way to the reals and back.
+_ROUND_TRIP = 1e-5
 
 
 def linear(num_steps: int) -> Tensor:
@@ -139,7 +145,12 @@ def ais(
     p(x, z) - \log q_0)\, d\beta` everywhere, which makes the bound tightest (Grosse, Maddison &
     Salakhutdinov 2013). The chains that are weighted only follow it: chains that adapted to their
     own past would not be unbiased any more. Costs ``num_chains * num_steps * leapfrog_steps``
-    gradients of the log joint density per row, and about a tenth of that for the pilot.
+    gradients of the log joint density per row. The pilot takes at most half as many temperatures,
+    or 100, and a look at the curvature at every eighth: little beside 500 temperatures and few
+    latents, as much as the run itself beside 100 and dozens of them.
+
+    Where a guide rules out a part of the posterior, the figure is the evidence of the rest, and
+    still a lower bound; draws of a guide outside of the prior's support have weight 0.
 
     Discrete latents have no gradient: a model with few values of them is enumerated, and any other
     is weighted by importance with ``num_chains * num_steps`` draws of the guide or the prior. The
@@ -183,7 +194,8 @@ def ais(
             return _without_gradient(model, guide, x, sites, num_chains * num_steps)
         start = Prior(model) if guide is None else proposal_of(model, guide, x, sites)
         path = _Path(start, x, sites, betas, num_steps, num_chains, leapfrog_steps)
-        return _estimate(*path.run(), x)
+        ((weights, acceptance),) = path.run(None)
+    return _estimate(weights, acceptance, x)
 
 
 def annealed(
@@ -196,7 +208,9 @@ def annealed(
     leapfrog_steps: int,
 ) -> AnnealedEstimate:
     """`ais` from any proposal, for code that provides the contexts of `judging` itself."""
-    return _estimate(*_Path(start, x, sites, None, num_steps, num_chains, leapfrog_steps).run(), x)
+    path = _Path(start, x, sites, None, num_steps, num_chains, leapfrog_steps)
+    ((weights, acceptance),) = path.run(None)
+    return _estimate(weights, acceptance, x)
 
 
 @dataclass(frozen=True)
@@ -290,6 +304,11 @@ def sandwich(
     """
     betas = _temperatures(num_chains, num_steps, leapfrog_steps, schedule)
     check_rows(x, model, guide)
+    if latents is not None and not isinstance(latents, Mapping):
+        raise ValueError(
+            f"latents: expected a mapping from sites to tensors, {{'z': ...}}; got "
+            f"{type(latents).__name__}."
+        )
     drawn = simulate(model, x, seed=seed) if latents is None else Simulated(x, dict(latents))
     x = drawn.x
     with judging(seed + 1, x, model, guide), torch.no_grad():
@@ -308,8 +327,7 @@ def sandwich(
                 )
         start = Prior(model) if guide is None else proposal_of(model, guide, x, sites)
         path = _Path(start, x, sites, betas, num_steps, num_chains, leapfrog_steps)
-        lower = path.run()
-        upper = path.run(drawn.latents)
+        lower, upper = path.run(None, drawn.latents)
     return Sandwich(x, _estimate(*lower, x), _estimate(*upper, x, upper=True))
 
 
@@ -371,23 +389,30 @@ class _Course:
 
     Attributes:
         betas: Rising from 0 to 1, ``(rows, points)``.
+        spread: Standard deviation of the log ratio there, ``(rows, points)``.
         log_step: Log step sizes there, ``(rows, points)``.
         roots: A root of the inverse curvature, ``(looks, rows, D, D)``, or of its diagonal,
             ``(looks, rows, D)``; one for every few points.
     """
 
     betas: Tensor
+    spread: Tensor
     log_step: Tensor
     roots: Tensor
 
     def temperatures(self, count: int) -> Tensor:
-        """``(rows, count + 1)``, equally many between any two that a row took to come to 1."""
-        arrival = (self.betas >= 1).int().argmax(dim=1, keepdim=True)
-        share = torch.linspace(0, 1, count + 1, dtype=torch.float64, device=self.betas.device)
-        at = share * arrival
-        low = at.floor().long().clamp(max=self.betas.shape[1] - 2)
-        below, above = self.betas.gather(1, low), self.betas.gather(1, low + 1)
-        return torch.lerp(below, above, at - low)
+        """``(rows, count + 1)``, at equal distances in units of the log ratio's spread."""
+        between = 0.5 * (self.spread[:, 1:] + self.spread[:, :-1]) + _LEAST_SPREAD
+        way = torch.cumsum(between * self.betas.diff(dim=1), dim=1)
+        way = torch.cat([torch.zeros_like(way[:, :1]), way], dim=1) / way[:, -1:]
+        at = torch.linspace(0, 1, count + 1, dtype=torch.float64, device=way.device)
+        at = at.expand(len(way), -1).contiguous()
+        right = torch.searchsorted(way, at).clamp(1, way.shape[1] - 1)
+        low, high = way.gather(1, right - 1), way.gather(1, right)
+        share = ((at - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+        found = torch.lerp(self.betas.gather(1, right - 1), self.betas.gather(1, right), share)
+        found[:, 0], found[:, -1] = 0.0, 1.0
+        return found
 
     def at(self, beta: Tensor) -> tuple[Tensor, Tensor]:
         """Step sizes ``(rows,)`` and roots at a temperature of each row."""
@@ -517,55 +542,76 @@ class _Path:
         self.x, self._num_steps = x, num_steps
         self._betas = None if betas is None else betas.to(x.device)
         self.num_chains, self.leapfrog_steps = num_chains, leapfrog_steps
-        self._sites = list(sites.latents.values())
+        self._sites = _fixed_supports(start.model, x)
         self._maps = [to_unconstrained(site) for site in self._sites]
-        draws = self._flat(self._draw(slice(None), _SCALE_DRAWS))
-        # Of one whose tails have no variance, something positive too.
-        spread = torch.quantile(draws, 0.84, dim=0) - torch.quantile(draws, 0.16, dim=0)
-        self._scale = (0.5 * spread).clamp(min=1e-6)
+        some = self._draw(slice(None), 1)
+        # Of the shapes of draws, as bounds may differ between rows.
+        self._shapes = [
+            tuple(transform.inverse_shape(some[site.name].shape)[2:])
+            for site, transform in zip(self._sites, self._maps, strict=True)
+        ]
         self._most = max(_PILOT_LEAST, int(_PILOT_SHARE * num_steps))
-        self._split(draws)
+        self._split(self._flat(some)[0])
         calls = 2 * len(self._chains) * num_steps + self._most
         self.densities = Repeated(self._densities, leapfrog_steps * len(self._rows) * calls)
-        self._courses: dict[int, _Course] = {}
 
-    def _split(self, draws: Tensor) -> None:
+    def _split(self, u: Tensor) -> None:
         """Portions of the rows and of the chains that keep within the budget of memory."""
-        x = self.x
+        x, budget = self.x, chunk_bytes(self.x)
         with forked_rng(0, x.device):
-            largest = bytes_of_largest(lambda: self._densities(x, draws[:1], *self.start.params))
-        each = max(1, largest // len(x))
-        pairs = max(1, chunk_bytes(x) // each)
+            largest = bytes_of_largest(lambda: self._densities(x, u, *self.start.params))
+        pairs = max(1, budget // max(1, largest // len(x)))
         rows = min(len(x), max(1, pairs // self.num_chains))
-        # Bounds of a support that differ between rows are those of all rows together.
-        if any(support_name(site.support).endswith("for each row") for site in self._sites):
+        size = u.shape[-1]
+        roots = (self._most // _LOOKS + 1) * u.element_size() * (size * min(size, _FULL))
+        rows = min(rows, max(1, _COURSES * budget // roots))
+        rows = -(-len(x) // -(-len(x) // rows))
+        if rows < len(x) and not self._row_by_row(u, slice(len(x) - rows, len(x))):
             rows = len(x)
         chains = min(self.num_chains, max(1, pairs // rows))
-        rows = min(rows, max(1, _COURSES // min(draws.shape[-1], _FULL) ** 2))
-        rows = -(-len(x) // -(-len(x) // rows))
         chains = -(-self.num_chains // -(-self.num_chains // chains))
         self._rows = [slice(i, min(i + rows, len(x))) for i in range(0, len(x), rows)]
         self._chains = [min(chains, self.num_chains - i) for i in range(0, self.num_chains, chains)]
+
+    def _row_by_row(self, u: Tensor, rows: slice) -> bool:
+        """Whether some rows alone are what they are among all."""
+        if any(support_name(site.support).endswith("for each row") for site in self._sites):
+            return False
+        params = self.start.params
+        whole = self._densities(self.x, u, *params)
+        try:
+            part = self._densities(self.x[rows], u[:, rows], *(p[rows] for p in params))
+        except (IndexError, RuntimeError, ValueError):
+            return False
+        return all(
+            torch.allclose(one[:, rows], other, rtol=1e-3, atol=1e-3, equal_nan=True)
+            for one, other in zip(whole[:2], part[:2], strict=True)
+        )
 
     def _draw(self, rows: slice, count: int) -> dict[str, Tensor]:
         params = [p[rows] for p in self.start.params]
         return self.start.draw(self.x[rows], params, count)
 
-    def _flat(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Values on the reals, ``(draws, rows, D)``."""
+    def _flat(self, latents: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Values on the reals, ``(draws, rows, D)``, and which lie in the model's support."""
         parts = []
+        inside = torch.ones((), dtype=torch.bool, device=self.x.device)
         for site, transform in zip(self._sites, self._maps, strict=True):
-            u = transform.inv(latents[site.name])
+            value = latents[site.name]
+            u = transform.inv(value)
+            u = torch.nan_to_num(u, nan=torch.nan, posinf=_FARTHEST, neginf=-_FARTHEST)
+            # Maps clamp what lies outside; what they give back for it is something else.
+            back = transform(u)
+            near = (back - value).abs() <= _ROUND_TRIP * (1 + value.abs())
+            inside = inside & near.reshape(*near.shape[:2], -1).all(dim=-1)
             parts.append(u.reshape(*u.shape[:2], -1))
-        flat = torch.cat(parts, dim=-1)
-        return torch.nan_to_num(flat, nan=0.0, posinf=_FARTHEST, neginf=-_FARTHEST)
+        return torch.nan_to_num(torch.cat(parts, dim=-1)), inside
 
     def _values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Latents by site, and the log determinant of the map to them."""
         at, values = 0, {}
         jacobian = u.new_zeros(u.shape[:2])
-        for site, transform in zip(self._sites, self._maps, strict=True):
-            shape = tuple(transform.inverse_shape(torch.Size(site.event_shape)))
+        for site, transform, shape in zip(self._sites, self._maps, self._shapes, strict=True):
             count = math.prod(shape)
             part = u[..., at : at + count].reshape(*u.shape[:2], *shape)
             z = transform(part)
@@ -583,27 +629,27 @@ class _Path:
             start, target = self.start.log_densities(x, params, values)
             start, target = start + jacobian, target + jacobian
             slopes = [
-                torch.autograd.grad(part.sum(), u, retain_graph=part is start)[0]
+                # A density that is the same everywhere, as of a uniform guide, has no graph.
+                torch.autograd.grad(part.sum() + 0.0 * u.sum(), u, retain_graph=part is start)[0]
                 for part in (start, target)
             ]
         return [start.detach(), target.detach(), *slopes]
 
-    def run(self, latents: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Log weights ``(num_chains, batch)`` and acceptance ``(batch,)``.
+    def run(self, *exact: Mapping[str, Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+        """Log weights ``(num_chains, batch)`` and acceptance ``(batch,)``, for each argument.
 
         Args:
-            latents: Exact draws of the posteriors to run backwards from; `None` to run forwards.
+            *exact: Exact draws of the posteriors to run backwards from; `None` to run forwards.
         """
-        weights, shares = [], []
+        weights: list[list[Tensor]] = [[] for _ in exact]
+        shares: list[list[Tensor]] = [[] for _ in exact]
         for rows in self._rows:
-            if rows.start not in self._courses:
-                self._courses[rows.start] = self._pilot(rows)
-            found = [
-                self._run(rows, count, self._courses[rows.start], latents) for count in self._chains
-            ]
-            weights.append(torch.cat([w for w, _ in found]))
-            shares.append(torch.cat([a for _, a in found]).mean(dim=0))
-        return torch.cat(weights, dim=1), torch.cat(shares)
+            course = self._pilot(rows)
+            for number, latents in enumerate(exact):
+                found = [self._run(rows, count, course, latents) for count in self._chains]
+                weights[number].append(torch.cat([w for w, _ in found]))
+                shares[number].append(torch.cat([a for _, a in found]).mean(dim=0))
+        return [(torch.cat(w, dim=1), torch.cat(a)) for w, a in zip(weights, shares, strict=True)]
 
     def _run(
         self, rows: slice, count: int, course: _Course, latents: Mapping[str, Tensor] | None
@@ -614,13 +660,21 @@ class _Path:
             betas = self._betas.expand(len(course.betas), -1)
         order = range(1, self._num_steps + 1)
         if latents is None:
-            u = self._flat(self._draw(rows, count))
+            u, inside = self._flat(self._draw(rows, count))
         else:
             order = order[::-1]
-            exact = self._flat({name: z[None, rows] for name, z in latents.items()})
+            exact, inside = self._flat({name: z[None, rows] for name, z in latents.items()})
+            if not bool(inside.all()):
+                row = int((~inside[0]).nonzero()[0]) + rows.start
+                raise ValueError(
+                    f"latents: those of row {row} lie outside of the support of the model's prior, "
+                    f"so that the model cannot have drawn them. Pass x and latents of one run."
+                )
             u = exact.expand(count, *exact.shape[1:]).clone()
         chains = _Chains(self, rows, u)
         weights = torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
+        # A guide may draw what the prior rules out.
+        weights = weights.masked_fill(~inside, -torch.inf)
         accepted = torch.zeros_like(weights)
         for number, t in enumerate(order):
             stride = betas[:, t] - betas[:, t - 1]
@@ -634,44 +688,81 @@ class _Path:
     def _pilot(self, rows: slice) -> _Course:
         """Go once through the temperatures, learning of steps, curvature and strides on the way."""
         count = min(_PILOT_CHAINS, max(2, self._chains[0]))
-        chains = _Chains(self, rows, self._flat(self._draw(rows, count)))
-        scale = self._scale[rows]
+        draws = [self._flat(self._draw(rows, count)) for _ in range(-(-_SCALE_DRAWS // count))]
+        among = torch.cat([torch.where(i[..., None], u, torch.nan) for u, i in draws])
+        # Of one whose tails have no variance, something positive too.
+        spread = torch.nanquantile(among, 0.84, dim=0) - torch.nanquantile(among, 0.16, dim=0)
+        scale = torch.nan_to_num(0.5 * spread, nan=1.0).clamp(min=1e-6)
+        chains = _Chains(self, rows, draws[0][0])
         beta = scale.new_full((len(scale),), _FIRST_BETA, dtype=torch.float64)
         longest = _TRAJECTORY / self.leapfrog_steps
         log_step = torch.full_like(beta, math.log(longest))
         root = chains.root(beta, scale)
-        spread = chains.log_ratio.clamp(min=-1e30).var(dim=0)
+        variance = self._variance(chains)
 
         def move() -> tuple[Tensor, Tensor]:
             """One proposal; what is known afterwards of the step size and of the log ratio."""
             chance = chains.move(beta, torch.exp(log_step), root).double().mean(dim=0)
             step = log_step + _PILOT_RATE * (chance - _ACCEPTANCE)
-            seen = chains.log_ratio.clamp(min=-1e30).var(dim=0)
             step = step.clamp(math.log(_LEAST_STEP), math.log(longest))
-            return step, torch.lerp(spread, seen, _PILOT_MEMORY)
+            return step, torch.lerp(variance, self._variance(chains), _PILOT_MEMORY)
 
         for _ in range(_PILOT_WARMUP):
-            log_step, spread = move()
-        betas, steps, roots = [], [], []
+            log_step, variance = move()
+        betas, spreads, steps, roots = [], [], [], []
         for number in range(self._most):
             if number % _LOOKS == 0:
                 root = chains.root(beta, scale)
                 roots.append(root)
             betas.append(beta)
+            spreads.append(_pooled(variance, count).sqrt())
             steps.append(log_step)
             if bool((beta >= 1).all()):
                 break
-            stride = _PILOT_STRIDE / _pooled(spread, count).sqrt().clamp(min=1e-12)
-            if number > self._most // 2:
-                # What is left is gone in equal parts where the moves do not suffice.
-                stride = torch.maximum(stride, (1 - beta) / (self._most - 1 - number))
-            beta = (beta + stride).clamp(max=1.0)
-            log_step, spread = move()
-        betas[0], betas[-1] = torch.zeros_like(beta), torch.ones_like(beta)
-        return _Course(torch.stack(betas, 1), torch.stack(steps, 1), torch.stack(roots))
+            # As far as the spread allows, and farther where the moves that are left, in equal
+            # parts of log beta, would not suffice.
+            least = beta ** (1 - 1 / (self._most - 1 - number))
+            stride = _PILOT_STRIDE * _PILOT_GROWTH ** (number / (self._most - 1))
+            stride = stride / spreads[-1].clamp(min=_LEAST_SPREAD)
+            beta = torch.maximum(beta + stride, least).clamp(max=1.0)
+            log_step, variance = move()
+        betas[0] = torch.zeros_like(beta)
+        stacked = [torch.stack(each, dim=1) for each in (betas, spreads, steps)]
+        return _Course(*stacked, torch.stack(roots))
+
+    @staticmethod
+    def _variance(chains: _Chains) -> Tensor:
+        """Of the log ratio over the chains, ``(rows,)``."""
+        return chains.log_ratio.clamp(-1e30, 1e30).var(dim=0)
+
+
+def _fixed_supports(model: Program, x: Tensor) -> list[LatentSite]:
+    """The latent sites; refuses a support that is another one at each run of the model."""
+    sites, again = (read_model(model, x).latents for _ in range(2))
+    for name, site in sites.items():
+        for bound in ("lower_bound", "upper_bound"):
+            one, other = (
+                torch.as_tensor(_bound(each[name].support, bound)) for each in (sites, again)
+            )
+            if not torch.equal(one, other):
+                raise ValueError(
+                    f"Site {name!r} ({site.family}): its support hangs on another latent, so that "
+                    f"no map from the reals leads to it. Draw a variable on a fixed support, such "
+                    f"as (0, 1), and scale it inside of the model."
+                )
+    return list(sites.values())
+
+
+def _bound(support: Any, name: str) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return getattr(support, name, 0.0)
 
 
 def _pooled(variance: Tensor, count: int) -> Tensor:
-    """Variances of rows, drawn towards their mean as their degrees of freedom demand."""
+    """Variances of rows, drawn towards their median as their degrees of freedom demand.
+
+    A row that is far off the others hardly moves them.
+    """
     own = count - 1
-    return (own * variance + _PILOT_SHARED * variance.mean()) / (own + _PILOT_SHARED)
+    return (own * variance + _PILOT_SHARED * variance.median()) / (own + _PILOT_SHARED)
