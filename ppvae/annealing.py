@@ -727,8 +727,8 @@ class _Path:
             beta = torch.maximum(beta + stride, least).clamp(max=1.0)
             log_step, variance = move()
         betas[0] = torch.zeros_like(beta)
-        stacked = [torch.stack(each, dim=1) for each in (betas, spreads, steps)]
-        return _Course(*stacked, torch.stack(roots))
+        points, spread, log_steps = (torch.stack(each, dim=1) for each in (betas, spreads, steps))
+        return _Course(points, spread, log_steps, torch.stack(roots))
 
     @staticmethod
     def _variance(chains: _Chains) -> Tensor:

@@ -88,13 +88,14 @@ def test_the_toys_evidence_is_found(start):
             with pyro.plate("data", len(x), dim=-1):
                 pyro.sample("z", dist.LogNormal(0.3 * x - 0.5, 1.0))
 
-    check(ppvae.ais(model, guide, x, num_steps=60), model.log_evidence(x))
+    # Standard errors of 64 chains are better known than those of 16.
+    check(ppvae.ais(model, guide, x, num_chains=64, num_steps=40), model.log_evidence(x))
 
 
 @pytest.mark.parametrize("kind", [FactorAnalysis, PPCA])
 def test_the_evidence_of_linear_models_is_found(kind):
     model, x = factor_analysis(6, 3, 0.8, kind, rows=100)
-    check(ppvae.ais(model, None, x, num_steps=60), model.log_evidence(x))
+    check(ppvae.ais(model, None, x, num_chains=64, num_steps=40), model.log_evidence(x))
 
 
 @pytest.mark.slow
@@ -189,9 +190,9 @@ def test_a_good_guide_is_a_better_start_than_the_prior():
 
 
 def test_the_sandwich_holds_the_evidence_and_closes_as_one_over_the_temperatures():
-    model, x = factor_analysis(8, 4, rows=600)
+    model, x = factor_analysis(8, 4, rows=400)
     widths, errors = [], []
-    for num_steps in (40, 80):
+    for num_steps in (30, 60):
         found = ppvae.sandwich(model, None, x, num_chains=4, num_steps=num_steps)
         exact = model.log_evidence(found.x).double()
         for bound, side in ((found.lower, 1), (found.upper, -1)):
@@ -210,9 +211,12 @@ def test_the_sandwich_holds_the_evidence_and_closes_as_one_over_the_temperatures
 def test_one_datum_that_is_far_off_spoils_no_other():
     model = ExponentialGaussian()
     x = torch.cat([3 * torch.rand(40), torch.tensor([-1000.0, 20.0])])
-    alone, beside = (ppvae.ais(model, None, rows, num_steps=60) for rows in (x[:40], x))
+    alone, beside = (
+        ppvae.ais(model, None, rows, num_chains=64, num_steps=60) for rows in (x[:40], x)
+    )
     assert (beside.log_weights[:, :40].var(0).mean()) < 1.6 * alone.log_weights.var(0).mean()
-    check(beside, model.log_evidence(x))
+    error = (beside.value - model.log_evidence(x)).abs() / beside.stderr
+    assert error.max() < 5
 
 
 # Models of all kinds
@@ -340,7 +344,7 @@ def test_supports_are_mapped_to_the_reals(kind):
     found = ppvae.ais(model, None, x, num_chains=64, num_steps=40)
     assert found.value.dtype == torch.float64
     assert ((found.value - exact).abs() < 4.5 * found.stderr).all()
-    assert found.stderr.max() < 0.1
+    assert found.stderr.max() < 0.2
 
 
 def test_a_mask_leaves_out_what_was_not_observed():
@@ -437,6 +441,7 @@ def test_portions_of_rows_and_chains_have_the_same_law(monkeypatch):
         portions.append((len(path._rows), len(path._chains)))
 
     monkeypatch.setattr(annealing._Path, "_split", seen)
+    monkeypatch.setattr(annealing, "_PILOT_LEAST", 10)
     model, x = factor_analysis(6, 3, 0.8, rows=4)
     exact = model.log_evidence(x)
     for budget in (6 * 4 * 32, 6 * 4 * 8):
@@ -484,6 +489,7 @@ class _Shifted(dist.TorchDistribution):
         return self._normal.log_prob(value)
 
 
+@pytest.mark.slow
 def test_a_graph_gives_what_eager_calls_give(monkeypatch):
     made = []
 
@@ -507,7 +513,8 @@ def test_a_graph_gives_what_eager_calls_give(monkeypatch):
 
 
 @pytest.mark.fills_store
-def test_generators_and_the_parameter_store_stay_as_they_are():
+def test_generators_and_the_parameter_store_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(annealing, "_PILOT_LEAST", 10)
     model, x = factor_analysis(4, 2, rows=5)
     pyro.param("mine", torch.ones(2))
     state, store = torch.get_rng_state(), dict(pyro.get_param_store().items())
