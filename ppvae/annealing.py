@@ -146,8 +146,8 @@ def ais(
     Salakhutdinov 2013). The chains that are weighted only follow it: chains that adapted to their
     own past would not be unbiased any more. Costs ``num_chains * num_steps * leapfrog_steps``
     gradients of the log joint density per row. The pilot takes at most half as many temperatures,
-    or 100, and a look at the curvature at every eighth: little beside 500 temperatures and few
-    latents, as much as the run itself beside 100 and dozens of them.
+    or 100, with a look at the curvature at every eighth: little beside 500 temperatures and few
+    latents, up to as much as the run itself beside 100 and dozens of them.
 
     Where a guide rules out a part of the posterior, the figure is the evidence of the rest, and
     still a lower bound; draws of a guide outside of the prior's support have weight 0.
