@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from ppvae.density import (
@@ -26,6 +27,7 @@ from ppvae.density import (
     judging,
     prior_draws,
     read_model,
+    sample_sites,
 )
 from ppvae.diagnostics import element_names
 from ppvae.guides import PerDatapoint
@@ -47,6 +49,11 @@ _DRAWS_STREAM, _TIES_STREAM, _PRIOR_STREAM = 271_828_183, 314_159_265, 141_421_3
 _FIT_STREAM = 173_205_080
 # What an element is called off by, in standard errors, once it is known to be off.
 _OFF = 3.0
+_TABLE = (
+    "is a table with a row for each datum that it was fitted to, and the rows here are drawn anew. "
+    "Pass the guide that it started from, with per_datapoint=True; or draw rows by ppvae.simulate, "
+    "fit to them, and pass these rows as x and their latents as latents."
+)
 
 
 @dataclass(frozen=True)
@@ -332,6 +339,8 @@ def calibrate(
                 with _named(name):
                     # Bare parameters that nobody has made yet are made here, once.
                     check_pair(model, guide, x)
+                    if latents is None and _is_table(guide, x):
+                        raise ValueError(f"it {_TABLE}")
         fits = {}
         if per_datapoint:
             for name, guide in given.items():
@@ -425,12 +434,16 @@ def _check_guides(guides: Mapping[str, Program], latents: Mapping[str, Tensor] |
                 f"another."
             )
         if isinstance(guide, PerDatapoint) and latents is None:
-            raise ValueError(
-                f"guides: {name!r} is a table with a row for each datum that it was fitted to, "
-                f"and the rows here are drawn anew. Pass the guide that it started from, with "
-                f"per_datapoint=True; or draw rows by ppvae.simulate, fit to them, and pass these "
-                f"rows as x and their latents as latents."
-            )
+            raise ValueError(f"guides: {name!r} {_TABLE}")
+
+
+def _is_table(guide: Program, x: Tensor) -> bool:
+    """Whether a guide draws for as many rows as it was made for, however many it is given."""
+    try:
+        drawn = poutine.trace(guide).get_trace(x[:-1])
+    except (RuntimeError, ValueError):  # It takes this number of rows only: nothing is known.
+        return False
+    return any(tuple(site["fn"].batch_shape) == (len(x),) for _, site in sample_sites(drawn))
 
 
 def _check_latents(drawn: Simulated, sites: ModelSites) -> None:

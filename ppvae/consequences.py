@@ -22,6 +22,7 @@ from ppvae.density import (
     judging,
     prior_and_likelihood,
     read_model,
+    without_trace,
 )
 from ppvae.diagnostics import element_names, prior_variances
 from ppvae.isolation import check_rows
@@ -180,7 +181,7 @@ def consequences(
 
     Raises:
         ValueError: If the model or the guide has changed since the comparison, its name is unknown
-            or left out where there are several, a function is none or returns another shape, or
+            or left out where there are several, a function is none, fails or returns another shape, or
             ``x_new`` or ``num_samples`` is unfit.
 
     Example:
@@ -338,11 +339,19 @@ def _evaluated(
     given = next(iter(latents.values())) if len(latents) == 1 else dict(latents)
     columns = []
     for name, function in functions.items():
-        value = function(given)
+        shapes = {site: tuple(z.shape) for site, z in latents.items()}
         expected = (num_samples, len(x))
+        try:
+            value = function(given)
+        except Exception as error:
+            what = "the draws" if len(latents) == 1 else "a dictionary with the draws by site"
+            how = "" if len(latents) == 1 else f", as in z[{next(iter(latents))!r}]"
+            raise ValueError(
+                f"functions[{name!r}] fails on its one argument, {what}{how}, of shapes {shapes}: "
+                f"{without_trace(error)}"
+            ) from error
         if not isinstance(value, Tensor) or tuple(value.shape) != expected:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            shapes = {site: tuple(z.shape) for site, z in latents.items()}
             raise ValueError(
                 f"functions[{name!r}]: expected a figure for each draw and row, a tensor of shape "
                 f"{expected}, of draws {shapes}; got {got}. Reduce the last dimensions, as in "

@@ -33,7 +33,7 @@ _EQUAL = 1e-4
 # Nats below the largest weight of a row at which another one counts as zero.
 _NOTHING = 700.0
 # Share of the draws that an effective sample size takes at least for the weights to be flat.
-_FLAT = 0.9
+FLAT = 0.9
 # Rows that a text lists.
 _LISTED = 5
 # Draws of a latent element from which its prior's variance is found, to some 1.4 %.
@@ -121,7 +121,9 @@ def psis(weights: Tensor) -> Smoothed:
     proper = torch.isfinite(smoothed.amax(dim=0)) & ~torch.isnan(smoothed).any(dim=0)
     if len(smoothed) >= _LEAST_DRAWS:
         smoothed = smoothed.clone()
-        equal = smoothed.amax(dim=0) - smoothed.amin(dim=0) <= _EQUAL
+        # Large ones were rounded when they were computed, to a few units in the last place.
+        rounding = 4 * torch.finfo(weights.dtype).eps * smoothed.abs().amax(dim=0)
+        equal = smoothed.amax(dim=0) - smoothed.amin(dim=0) <= rounding.clamp(min=_EQUAL)
         k[equal] = -torch.inf  # Equal weights have no tail; of infinite and NaN ones NaN is left.
         for index in torch.nonzero(proper & ~equal).flatten().tolist():
             smoothed[:, index], k[index] = _smoothed_row(smoothed[:, index])
@@ -210,7 +212,7 @@ class WeightDiagnostics:
         tail; see `weight_diagnostics`.
         """
         share = self.effective_sample_size / self.num_samples
-        return (self.pareto_k > self.threshold) & (share >= _FLAT)
+        return (self.pareto_k > self.threshold) & (share >= FLAT)
 
     def __repr__(self) -> str:
         good, count = int(self.reliable.sum()), len(self.pareto_k)

@@ -278,10 +278,14 @@ def mixture_evidence(
 def mixture_of(weights: Tensor) -> Estimate:
     """The importance-weighted evidence of log weights ``(K, S, batch)`` against a mixture."""
     count, num_samples = weights.shape[:2]
-    value = torch.logsumexp(weights.flatten(0, 1), dim=0) - math.log(count * num_samples)
+    # Relative to the largest one: next to a log p(x) of millions float32 rounds nats away.
+    top = weights.amax(dim=(0, 1))
+    relative = torch.exp(weights - torch.where(torch.isinf(top), 0.0, top))
+    mean = relative.mean(dim=(0, 1))
     # Each proposal's draws are a sample of their own.
-    relative = torch.exp(weights - value).var(dim=1) / num_samples
-    return Estimate(value, relative.sum(dim=0).sqrt() / count, "lower", "iwae")
+    variance = (relative / mean).var(dim=1).sum(dim=0) / num_samples
+    value = torch.where(torch.isinf(top), 0.0, top) + torch.log(mean)
+    return Estimate(value, variance.sqrt() / count, "lower", "iwae")
 
 
 def exact_evidence(model: Program, x: Tensor) -> Estimate | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppvae.annealing import annealed
 from ppvae.configurations import MOST_CONFIGURATIONS, num_configurations
 from ppvae.density import ModelSites, Program, check_pair, judging, read_model, row_chunks
-from ppvae.diagnostics import pareto_k
+from ppvae.diagnostics import FLAT, effective_sample_size, pareto_k
 from ppvae.evidence import Estimate, enumeration, exact_evidence, mixture_of, quadrature
 from ppvae.isolation import check_rows, unvalidated
 from ppvae.proposals import Prior, Proposal, mixture_weights, proposal_of
@@ -22,6 +22,9 @@ from ppvae.proposals import Prior, Proposal, mixture_weights, proposal_of
 _PILOT_DRAWS, _SPARE, _CHAINS_SPARE = 2000, 1.5, 2.0
 # Below it the variance of the weights is finite, and so their standard error can be believed.
 _SURE_K = 0.5
+# Above it a few draws or chains have all the weight. With one alone the error is 1 whatever log p(x)
+# is short of.
+_VAGUE = 0.5
 # Chains, temperatures of a first short run, and leapfrog steps of annealing, and how many
 # evaluations a gradient costs; with one more temperature for all chains it comes to `_EACH`.
 _CHAINS, _LEAST_STEPS, _LEAPFROGS, _GRADIENT = 16, 20, 5, 3
@@ -34,8 +37,10 @@ class PooledEstimate(Estimate):
 
     Attributes:
         methods: By row, ``"exact"``, ``"enumeration"``, ``"quadrature"``, ``"iwae"`` or ``"ais"``.
-        reached: Whether the standard error is what was asked for, and to be believed: of
-            importance weights, whether k-hat is below a half; ``(batch,)``.
+        reached: Whether the standard error is what was asked for, and to be believed: at most half
+            a nat, no smaller than what the dtype rounds, and of importance weights with a k-hat
+            below a half, or, for models with discrete latents, with an effective sample size of
+            0.9 of the draws; ``(batch,)``.
         pareto_k: k-hat of the row's pilot draws; NaN where none were drawn; ``(batch,)``.
         evaluations: Evaluations of the joint density that the row took, a gradient counted as
             three; ``(batch,)``.
@@ -68,7 +73,8 @@ def log_evidence(
 
     1. the model's own ``log_evidence(x)``, where it has one;
     2. enumeration, where all latents are discrete and have few values;
-    3. quadrature, where there are at most two continuous latent elements;
+    3. quadrature, where there are at most two continuous latent elements; a figure that misses the
+       target is kept where what follows has a larger standard error;
     4. importance weighting with the mixture of all guides as proposal, where a pilot's k-hat is
        below a half, so that the weights have a variance, and the draws that the wanted error takes
        are within the budget;
@@ -174,7 +180,9 @@ class _Rows:
         """All of it, in words too."""
         exact = all(m in ("exact", "enumeration", "quadrature") for m in self.methods)
         close = self.stderr <= target
-        reached = close & self.trusted
+        vague = self.stderr > _VAGUE
+        rounded = torch.finfo(self.value.dtype).eps * self.value.abs() > target
+        reached = close & self.trusted & ~vague & ~rounded
         words = []
         if not bool(close.all()):
             words.append(
@@ -185,6 +193,17 @@ class _Rows:
             words.append(
                 f"{int((~self.trusted).sum())} rows have a k-hat that speaks against their "
                 f"standard error: give a guide with wider tails"
+            )
+        if bool(vague.any()):
+            words.append(
+                f"{int(vague.sum())} rows have a standard error above {_VAGUE:g} nats, which is "
+                f"itself too small: few draws have all the weight, and log p(x) may be far higher"
+            )
+        if bool(rounded.any()):
+            words.append(
+                f"{int(rounded.sum())} rows have a log p(x) that "
+                f"{str(self.value.dtype).removeprefix('torch.')} rounds by more than {target:g} "
+                f"nats: give model, guides and x in float64, or scale x"
             )
         distinct = set(self.methods)
         return PooledEstimate(
@@ -217,10 +236,14 @@ def _without_draws(
     if any(discrete) or sites.size > 2:
         return everything
     found = quadrature(model, x, tolerance=min(1e-6, target))
-    done = torch.isfinite(found.value) & (found.stderr <= target)
-    rows = everything[done]
-    ledger.put(rows, Estimate(found.value[done], found.stderr[done], "exact", ""), "quadrature", 0)
-    return everything[~done]
+    # Annealing may come no closer to a row than the integral did.
+    known = torch.isfinite(found.value) & torch.isfinite(found.stderr)
+    ledger.put(everything[known], _some(found, known), "quadrature", 0)
+    return everything[~(known & (found.stderr <= target))]
+
+
+def _some(found: Estimate, which: Tensor) -> Estimate:
+    return Estimate(found.value[which], found.stderr[which], found.bound, found.method)
 
 
 def _weighted(
@@ -242,13 +265,17 @@ def _weighted(
     count, _, batch = weights.shape
     ledger.k[rows] = pareto_k(weights.reshape(-1, batch)).to(ledger.k)
     ledger.evaluations[rows] += count * pilot
+    gradients = not any(site.is_discrete for site in sites.latents.values())
     reliable = ledger.k[rows] < _SURE_K
+    if not gradients:
+        # k-hat may take an interior maximum of the weights for a tail, and annealing is no way out.
+        share = effective_sample_size(weights.reshape(-1, batch)) / (count * pilot)
+        reliable |= share >= FLAT
     # Draws of each proposal for the wanted error: the delta method's variance is that of one
     # draw of each, over their number.
     single = mixture_of(weights).stderr.double().square() * pilot
     wanted = torch.nan_to_num(_SPARE * single / target**2, nan=torch.inf, posinf=torch.inf)
     most = budget // count
-    gradients = not any(site.is_discrete for site in sites.latents.values())
     here = reliable & (wanted <= most) if gradients else torch.ones_like(reliable)
     ledger.trusted[rows[here & ~reliable]] = False
     # A few sizes only: rows of one size share their evaluations.
@@ -298,4 +325,6 @@ def _annealed(
     size = size.clamp(max=float(most))
     for steps in size.unique().tolist():
         chosen = rows[size == steps]
-        ledger.put(chosen, run(chosen, int(steps)), "ais")
+        found = run(chosen, int(steps))
+        closer = ~(found.stderr >= ledger.stderr[chosen])
+        ledger.put(chosen[closer], _some(found, closer), "ais")

@@ -376,3 +376,13 @@ def test_infinite_scores_are_left_out_of_the_picture_and_counted(device):
     ax = z_scores(found)
     assert ax.get_title() == f"left out, not finite: {wrong} of 100"
     assert sum(len(part.get_offsets()) for part in ax.collections) == 100 - wrong
+
+
+def test_an_autoguide_for_other_rows_is_refused():
+    model = FactorAnalysis(x_dim=2, z_dim=1, loadings=torch.ones(2, 1))
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    guide(torch.zeros(20, 2))
+    with pytest.raises(ValueError, match="'amortized': it is a table with a row for each datum"):
+        calibrate(model, guide, torch.zeros(20, 2))
+    drawn = simulate(model, torch.zeros(20, 2))
+    assert calibrate(model, guide, drawn.x, drawn.latents).guides["amortized"].num_samples == 99

@@ -207,6 +207,8 @@ def test_several_sites_come_by_name(device):
         *(f"z_1[{j}]" for j in range(3)),
     ]
     assert found.dataset["expectation"].shape == (2, 3, 1)
+    with pytest.raises(ValueError, match=r"a dictionary with the draws by site, as in z\['z_2'\]"):
+        consequences(comparison, {"as if one": lambda z: z.sum(-1)})
 
 
 def test_words_name_the_worst_rows(case):
@@ -241,6 +243,8 @@ def test_what_is_refused(case):
         consequences(comparison, {"all": lambda z: z})
     with pytest.raises(ValueError, match=r"functions\['one'\]: .* got float"):
         consequences(comparison, {"one": lambda z: 1.0})
+    with pytest.raises(ValueError, match=r"functions\['two'\] fails on its one argument, the draws"):
+        consequences(comparison, {"two": lambda z, w: z})
     with pytest.raises(ValueError, match="functions: expected functions by name"):
         consequences(comparison, [abs])
     with pytest.raises(ValueError, match="names of other figures"):

@@ -227,3 +227,73 @@ def test_a_comparison_takes_evidence_that_was_found_beforehand():
     annealed = ppvae.ais(Bare(model), guide, x, num_steps=20)
     words = str(ppvae.compare(Bare(model), guide, x, family=family, evidence=annealed))
     assert "annealed: a lower bound" in words
+
+
+def test_weights_of_a_large_log_evidence_keep_their_error():
+    weights = torch.randn(2, 500, 3, generator=torch.Generator().manual_seed(0))
+    # Multiples of 32 are exact in float32 at 4e8, and their log-sum-exp is not.
+    coarse = (weights * 3).round() * 32
+    far = mixture_of(coarse - 2.0**28)
+    near = mixture_of(coarse.double())
+    assert torch.allclose(far.stderr.double(), near.stderr, rtol=1e-5)
+    assert torch.allclose(far.value.double(), near.value - 2.0**28, rtol=1e-7)
+
+
+def test_an_error_that_cannot_be_believed_is_not_reached():
+    model = factors(z_dim=3)
+    x = 1e3 * rows(model, 2)
+    found = ppvae.log_evidence(Bare(model), None, x, target_stderr=5.0, budget=9_600)
+    short = exact_of(model, x) - found.value
+    assert bool((short > 100).all()) and bool((found.stderr < 5).all())
+    assert not bool(found.reached.any())
+    assert "2 rows have a standard error above 0.5 nats, which is itself too small" in repr(found)
+
+
+def test_what_float32_rounds_is_said():
+    model = factors(z_dim=3)
+    x = 1e4 * rows(model, 2)
+    found = ppvae.log_evidence(model, None, x)
+    assert not bool(found.reached.any())
+    assert "float32 rounds by more than 0.01 nats" in found.status
+    double = ppvae.log_evidence(model.double(), None, x.double())
+    assert bool(double.reached.all()) and "every row" in double.status
+
+
+def test_flat_weights_of_discrete_latents_are_believed():
+    levels = torch.tensor([-3.0, 0.0, 4.0])
+
+    def mixture(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(x.new_ones(len(x), 3)))
+            z = pyro.sample("z", dist.Normal(levels.to(x)[k], 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):  # The posterior but for a scale that is a fifth too large.
+        logits = -(x[:, None] - levels.to(x)).square() / 2.5
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(logits=logits))
+            pyro.sample("z", dist.Normal((4 * x + levels.to(x)[k]) / 5, 1.2 / 5**0.5))
+
+    x = torch.linspace(-4, 5, 40)
+    found = ppvae.log_evidence(mixture, guide, x, target_stderr=0.02)
+    parts = dist.Normal(levels, 1.25**0.5).log_prob(x[:, None])
+    exact = torch.logsumexp(parts, dim=-1) - math.log(3)
+    assert bool((found.pareto_k > 0.5).any())  # Weights with an interior maximum.
+    assert bool(found.reached.all()) and "k-hat" not in found.status
+    assert bool(((found.value - exact).abs() < 4.5 * found.stderr).all())
+
+
+def test_annealing_does_not_replace_a_closer_integral():
+    def funnel(x):
+        with pyro.plate("data", len(x)):
+            s = pyro.sample("s", dist.HalfCauchy(x.new_ones(len(x))))
+            u = pyro.sample("u", dist.Normal(x.new_zeros(len(x)), 1.0))
+            both = u[..., None].expand(*u.shape, 2)
+            pyro.sample("x", dist.Normal(both, s[..., None]).to_event(1), obs=x)
+
+    x = torch.tensor([[0.0, 0.05]])
+    integral = ppvae.quadrature(funnel, x, tolerance=1e-6)
+    found = ppvae.log_evidence(funnel, None, x, budget=9_600)
+    assert found.methods == ("quadrature",) and not bool(found.reached.any())
+    assert torch.equal(found.value, integral.value)
+    assert abs(float(found.value) + 1.4703) < 0.03  # 2,000,000 draws of the prior: ± 0.0054.
