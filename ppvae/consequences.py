@@ -181,8 +181,8 @@ def consequences(
 
     Raises:
         ValueError: If the model or the guide has changed since the comparison, its name is unknown
-            or left out where there are several, a function is none, fails or returns another shape, or
-            ``x_new`` or ``num_samples`` is unfit.
+            or left out where there are several, a function is none, fails or returns another
+            shape, or ``x_new`` or ``num_samples`` is unfit.
 
     Example:
         >>> import torch

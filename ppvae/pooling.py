@@ -22,8 +22,8 @@ from ppvae.proposals import Prior, Proposal, mixture_weights, proposal_of
 _PILOT_DRAWS, _SPARE, _CHAINS_SPARE = 2000, 1.5, 2.0
 # Below it the variance of the weights is finite, and so their standard error can be believed.
 _SURE_K = 0.5
-# Above it a few draws or chains have all the weight. With one alone the error is 1 whatever log p(x)
-# is short of.
+# Above it a few draws or chains have all the weight. With one alone the error is 1, whatever the
+# figure is short of.
 _VAGUE = 0.5
 # Chains, temperatures of a first short run, and leapfrog steps of annealing, and how many
 # evaluations a gradient costs; with one more temperature for all chains it comes to `_EACH`.

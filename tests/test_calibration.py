@@ -378,6 +378,7 @@ def test_infinite_scores_are_left_out_of_the_picture_and_counted(device):
     assert sum(len(part.get_offsets()) for part in ax.collections) == 100 - wrong
 
 
+@pytest.mark.fills_store
 def test_an_autoguide_for_other_rows_is_refused():
     model = FactorAnalysis(x_dim=2, z_dim=1, loadings=torch.ones(2, 1))
     guide = pyro.infer.autoguide.AutoNormal(model)
