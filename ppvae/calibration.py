@@ -441,7 +441,7 @@ def _is_table(guide: Program, x: Tensor) -> bool:
     """Whether a guide draws for as many rows as it was made for, however many it is given."""
     try:
         drawn = poutine.trace(guide).get_trace(x[:-1])
-    except (RuntimeError, ValueError):  # It takes this number of rows only: nothing is known.
+    except Exception:  # It takes this number of rows only: nothing is known.
         return False
     return any(tuple(site["fn"].batch_shape) == (len(x),) for _, site in sample_sites(drawn))
 

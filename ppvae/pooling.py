@@ -186,22 +186,22 @@ class _Rows:
         words = []
         if not bool(close.all()):
             words.append(
-                f"{int((~close).sum())} rows have a standard error above {target:g} nats: raise "
+                f"{_rows_have(~close)} a standard error above {target:g} nats: raise "
                 f"budget or target_stderr, or give a guide that is nearer to the posterior"
             )
         if not bool(self.trusted.all()):
             words.append(
-                f"{int((~self.trusted).sum())} rows have a k-hat that speaks against their "
+                f"{_rows_have(~self.trusted)} a k-hat that speaks against their "
                 f"standard error: give a guide with wider tails"
             )
         if bool(vague.any()):
             words.append(
-                f"{int(vague.sum())} rows have a standard error above {_VAGUE:g} nats, which is "
+                f"{_rows_have(vague)} a standard error above {_VAGUE:g} nats, which is "
                 f"itself too small: few draws have all the weight, and log p(x) may be far higher"
             )
         if bool(rounded.any()):
             words.append(
-                f"{int(rounded.sum())} rows have a log p(x) that "
+                f"{_rows_have(rounded)} a log p(x) that "
                 f"{str(self.value.dtype).removeprefix('torch.')} rounds by more than {target:g} "
                 f"nats: give model, guides and x in float64, or scale x"
             )
@@ -240,6 +240,11 @@ def _without_draws(
     known = torch.isfinite(found.value) & torch.isfinite(found.stderr)
     ledger.put(everything[known], _some(found, known), "quadrature", 0)
     return everything[~(known & (found.stderr <= target))]
+
+
+def _rows_have(which: Tensor) -> str:
+    count = int(which.sum())
+    return "1 row has" if count == 1 else f"{count} rows have"
 
 
 def _some(found: Estimate, which: Tensor) -> Estimate:

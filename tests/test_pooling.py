@@ -247,7 +247,7 @@ def test_an_error_that_cannot_be_believed_is_not_reached():
     assert bool((short > 100).all())
     assert bool((found.stderr < 5).all())
     assert not bool(found.reached.any())
-    assert "1 rows have a standard error above 0.5 nats, which is itself too small" in repr(found)
+    assert "1 row has a standard error above 0.5 nats, which is itself too small" in repr(found)
 
 
 def test_what_float32_rounds_is_said():

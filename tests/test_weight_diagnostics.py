@@ -212,3 +212,12 @@ def test_what_is_refused(device):
     for bad in (torch.zeros(10), torch.zeros(1, 3)):
         with pytest.raises(ValueError, match="weights: expected log weights of shape"):
             psis(bad)
+
+
+def test_weights_that_differ_by_rounding_are_equal():
+    noise = torch.randint(-1, 2, (2000, 1), generator=torch.Generator().manual_seed(0))
+    unit = torch.finfo(torch.float32).eps * 4096  # of the last place between 4096 and 8192
+    weights = -7500.0 + noise * unit
+    assert float(weights.max() - weights.min()) > 1e-4
+    assert float(ppvae.diagnostics.pareto_k(weights)) == -math.inf
+    assert math.isfinite(float(ppvae.diagnostics.pareto_k(torch.randn(2000, 1) * 0.01)))
