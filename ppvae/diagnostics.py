@@ -122,8 +122,9 @@ def psis(weights: Tensor) -> Smoothed:
     if len(smoothed) >= _LEAST_DRAWS:
         smoothed = smoothed.clone()
         # Large ones were rounded when they were computed, to a few units in the last place.
-        rounding = 4 * torch.finfo(weights.dtype).eps * smoothed.abs().amax(dim=0)
-        equal = smoothed.amax(dim=0) - smoothed.amin(dim=0) <= rounding.clamp(min=_EQUAL)
+        top = smoothed.amax(dim=0)
+        rounding = torch.where(proper, 4 * torch.finfo(weights.dtype).eps * top.abs(), 0.0)
+        equal = top - smoothed.amin(dim=0) <= rounding.clamp(min=_EQUAL)
         k[equal] = -torch.inf  # Equal weights have no tail; of infinite and NaN ones NaN is left.
         for index in torch.nonzero(proper & ~equal).flatten().tolist():
             smoothed[:, index], k[index] = _smoothed_row(smoothed[:, index])
