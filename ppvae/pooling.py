@@ -112,6 +112,7 @@ def log_evidence(
     Example:
         >>> import torch
         >>> from ppvae import pairs
+        >>> _ = torch.manual_seed(1)
         >>> model, guide = pairs.vae(x_dim=16, z_dim=4, hidden=[8])
         >>> found = log_evidence(model, guide, torch.zeros(3, 16), target_stderr=0.05)
         >>> found.methods, bool(found.reached.all())
