@@ -22,6 +22,8 @@ from ppvae.proposals import Prior, Proposal, mixture_weights, proposal_of
 _PILOT_DRAWS, _SPARE, _CHAINS_SPARE = 2000, 1.5, 2.0
 # Below it the variance of the weights is finite, and so their standard error can be believed.
 _SURE_K = 0.5
+# Two levels of an integral that are farther apart than this, in nats, may both be far off.
+_AGREED = 0.01
 # Above it a few draws or chains have all the weight. With one alone the error is 1, whatever the
 # figure is short of.
 _VAGUE = 0.5
@@ -238,7 +240,7 @@ def _without_draws(
         return everything
     found = quadrature(model, x, tolerance=min(1e-6, target))
     # Annealing may come no closer to a row than the integral did.
-    known = torch.isfinite(found.value) & torch.isfinite(found.stderr)
+    known = torch.isfinite(found.value) & (found.stderr <= max(target, _AGREED))
     ledger.put(everything[known], _some(found, known), "quadrature", 0)
     return everything[~(known & (found.stderr <= target))]
 
