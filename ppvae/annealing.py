@@ -72,6 +72,8 @@ _FIRST_BETA = 1e-9
 _JITTER = 0.2
 # Draws of the start from which its scale is found.
 _SCALE_DRAWS = 64
+# Standard deviation of log weights, in nats, up to which a mean over 16 chains tells its own error.
+MOST_SPREAD = 1.0
 # Beyond this the exponential of an unconstrained value is no number in float32.
 _FARTHEST = 85.0
 # How near a value comes to itself on the way to the reals and back.
@@ -117,6 +119,22 @@ class AnnealedEstimate(Estimate):
     log_weights: Tensor
     acceptance: Tensor
 
+    @property
+    def spread(self) -> Tensor:
+        """Standard deviation of the log weights over chains, nats, ``(batch,)``.
+
+        Above 1 a few chains have nearly all the weight, and ``stderr`` is too small.
+        """
+        return self.log_weights.std(dim=0)
+
+    def __repr__(self) -> str:
+        wide = int((~(self.spread <= MOST_SPREAD)).sum())
+        words = (
+            f"; log weights of {wide} spread by more than {MOST_SPREAD:g} nat, so that their "
+            f"errors are too small: raise num_steps"
+        )
+        return super().__repr__()[:-1] + (words if wide else "") + ")"
+
 
 def ais(
     model: Program,
@@ -136,8 +154,10 @@ def ais(
               \bigl(\log p(x_n, z_{t-1}) - \log q_0(z_{t-1} \mid x_n)\bigr)
 
     The mean weight is unbiased for p(x), so that its log is a lower bound in expectation; it rises
-    to log p(x) as the steps T do, by about 1/T. Chains start at the guide or at the prior and move
-    by Hamiltonian Monte Carlo over the unconstrained latents, all rows and chains at once.
+    to log p(x) as the steps T do, by about 1/T. The standard error speaks of the chains that were
+    run: where all miss the same part of the posterior it is too small. Chains start at the guide or
+    at the prior and move by Hamiltonian Monte Carlo over the unconstrained latents, all rows and
+    chains at once.
 
     A pilot run of 8 chains finds for each row how large steps may be at each temperature, led to an
     acceptance of 0.8, how the density is curved there, and, unless a ``schedule`` is

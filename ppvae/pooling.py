@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppvae.annealing import annealed
+from ppvae.annealing import MOST_SPREAD, AnnealedEstimate, annealed
 from ppvae.configurations import MOST_CONFIGURATIONS, num_configurations
 from ppvae.density import ModelSites, Program, check_pair, judging, read_model, row_chunks
 from ppvae.diagnostics import FLAT, effective_sample_size, pareto_k
@@ -170,6 +171,7 @@ class _Rows:
         self.evaluations = torch.zeros(len(x), dtype=torch.long, device=x.device)
         self.methods = [""] * len(x)
         self.trusted = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        self.scattered = torch.zeros_like(self.trusted)
 
     def put(self, rows: Tensor, found: Estimate, method: str, evaluations: int = 0) -> None:
         """Enter figures."""
@@ -185,7 +187,7 @@ class _Rows:
         close = self.stderr <= target
         vague = self.stderr > _VAGUE
         rounded = torch.finfo(self.value.dtype).eps * self.value.abs() > target
-        reached = close & self.trusted & ~vague & ~rounded
+        reached = close & self.trusted & ~self.scattered & ~vague & ~rounded
         words = []
         if not bool(close.all()):
             words.append(
@@ -196,6 +198,11 @@ class _Rows:
             words.append(
                 f"{_rows_have(~self.trusted)} a k-hat that speaks against their "
                 f"standard error: give a guide with wider tails"
+            )
+        if bool(self.scattered.any()):
+            words.append(
+                f"{_rows_have(self.scattered)} chains whose log weights spread by more than "
+                f"{MOST_SPREAD:g} nat, so that the standard error is too small: raise budget"
             )
         if bool(vague.any()):
             words.append(
@@ -311,7 +318,7 @@ def _annealed(
 ) -> None:
     """Annealing, with the temperatures that a short run asks for."""
 
-    def run(chosen: Tensor, steps: int) -> Estimate:
+    def run(chosen: Tensor, steps: int) -> AnnealedEstimate:
         ledger.evaluations[chosen] += _EACH * steps
         return annealed(
             start.of_rows(chosen),
@@ -324,10 +331,10 @@ def _annealed(
         )
 
     most = max(_LEAST_STEPS, budget // _EACH - _LEAST_STEPS)
-    # The variance of a log weight falls as 1 / T.
-    wanted = (
-        _CHAINS_SPARE * _LEAST_STEPS * (run(rows, _LEAST_STEPS).stderr.double() / target).square()
-    )
+    # The variance of a log weight falls as 1 / T. Their spread tells more of it than their mean
+    # weight's error, which is too small where a few have nearly all of the weight.
+    off = run(rows, _LEAST_STEPS).spread / (math.sqrt(_CHAINS) * target)
+    wanted = _CHAINS_SPARE * _LEAST_STEPS * off.square()
     wanted = torch.nan_to_num(wanted, nan=float(most), posinf=float(most))
     size = 4.0 ** torch.ceil(torch.log2(wanted.clamp(min=_LEAST_STEPS)) / 2)
     size = size.clamp(max=float(most))
@@ -336,3 +343,4 @@ def _annealed(
         found = run(chosen, int(steps))
         closer = ~(found.stderr >= ledger.stderr[chosen])
         ledger.put(chosen[closer], _some(found, closer), "ais")
+        ledger.scattered[chosen[closer]] = ~(found.spread[closer] <= MOST_SPREAD)

@@ -301,3 +301,25 @@ def test_annealing_does_not_replace_a_closer_integral():
     assert found.methods == ("quadrature",)
     assert not bool(found.reached.any())
     assert torch.equal(found.value, integral.value)
+
+
+def funnel(x):
+    """A scale far out in its prior's tail, beside a latent that has to shrink along with it."""
+    with pyro.plate("data", len(x)):
+        scale = pyro.sample("scale", dist.HalfCauchy(x.new_ones(len(x))))
+        pyro.sample("z", dist.Normal(x.new_zeros(len(x)), scale))
+        pyro.sample("x", dist.Normal(torch.zeros_like(x), scale[..., None]).to_event(1), obs=x)
+
+
+def test_chains_whose_weights_are_far_apart_are_not_believed():
+    x = torch.tensor([[0.0, 0.01]])
+    found = ppvae.log_evidence(funnel, None, x, target_stderr=0.4, budget=20_000)
+    assert found.methods == ("ais",)
+    assert not bool(found.reached.any())
+    assert "1 row has chains whose log weights spread by more than 1 nat" in found.status
+    annealed = ppvae.ais(funnel, None, x, num_steps=20)
+    assert float(annealed.spread) > 1
+    assert "log weights of 1 spread by more than 1 nat" in repr(annealed)
+    # Where they are near each other nothing is said.
+    model = factors(z_dim=2)
+    assert "spread" not in repr(ppvae.ais(model, None, rows(model, 2), num_steps=200))
