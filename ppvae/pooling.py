@@ -46,7 +46,7 @@ class PooledEstimate(Estimate):
             0.9 of the draws; ``(batch,)``.
         pareto_k: k-hat of the row's pilot draws; NaN where none were drawn; ``(batch,)``.
         evaluations: Evaluations of the joint density that the row took, a gradient counted as
-            three; ``(batch,)``.
+            three, without those of the pilot run of `ais`; ``(batch,)``.
         status: In words, what was not reached, and the way out.
     """
 
@@ -98,7 +98,7 @@ def log_evidence(
             everywhere. `None` for the prior alone.
         x: Rows, ``(batch, *event)``.
         target_stderr: Wanted standard error for each row, in nats.
-        budget: Most evaluations of the joint density for a row, the pilot's 2,000 not counted; a
+        budget: Most evaluations of the joint density for a row, without those of pilot runs; a
             gradient counts as three. A row that takes more gets what the budget allows.
         seed: Seed of the draws; the caller's generators are left as they were.
 
