@@ -49,7 +49,8 @@ def test_k_hat_and_smoothed_evidence_are_arvizs_own(draws):
         total = raw[below] - own[below]
         assert float(found.log_evidence[row]) == pytest.approx(total - math.log(draws), abs=1e-9)
         assert abs(logsumexp(own)) < 1e-9
-    assert torch.equal(found.pareto_k, pareto_k(weights))
+    # Newer versions of ArviZ say of five weights in the tail that they are too few.
+    torch.testing.assert_close(found.pareto_k, pareto_k(weights), rtol=0, atol=0, equal_nan=True)
 
 
 def test_equal_weights_stay_as_they_are():
