@@ -562,7 +562,7 @@ class _Path:
         self.x, self._num_steps = x, num_steps
         self._betas = None if betas is None else betas.to(x.device)
         self.num_chains, self.leapfrog_steps = num_chains, leapfrog_steps
-        self._sites = _fixed_supports(start.model, x)
+        self._sites = _fixed_supports(start.model, x, sites)
         self._maps = [to_unconstrained(site) for site in self._sites]
         some = self._draw(slice(None), 1)
         # Of the shapes of draws, as bounds may differ between rows.
@@ -756,13 +756,14 @@ class _Path:
         return chains.log_ratio.clamp(-1e30, 1e30).var(dim=0)
 
 
-def _fixed_supports(model: Program, x: Tensor) -> list[LatentSite]:
-    """The latent sites; refuses a support that is another one at each run of the model."""
-    sites, again = (read_model(model, x).latents for _ in range(2))
-    for name, site in sites.items():
+def _fixed_supports(model: Program, x: Tensor, sites: ModelSites) -> list[LatentSite]:
+    """The latent sites; refuses a support that is another one at another run of the model."""
+    again = read_model(model, x).latents
+    for name, site in sites.latents.items():
         for bound in ("lower_bound", "upper_bound"):
             one, other = (
-                torch.as_tensor(_bound(each[name].support, bound)) for each in (sites, again)
+                torch.as_tensor(_bound(each[name].support, bound))
+                for each in (sites.latents, again)
             )
             if not torch.equal(one, other):
                 raise ValueError(
@@ -770,7 +771,7 @@ def _fixed_supports(model: Program, x: Tensor) -> list[LatentSite]:
                     f"no map from the reals leads to it. Draw a variable on a fixed support, such "
                     f"as (0, 1), and scale it inside of the model."
                 )
-    return list(sites.values())
+    return list(sites.latents.values())
 
 
 def _bound(support: Any, name: str) -> Any:

@@ -39,10 +39,7 @@ class Proposal(ABC):
     Attributes:
         model: The model.
         params: What is known of the rows, ``(batch, …)`` each.
-        name: A word for it.
     """
-
-    name: str
 
     def __init__(self, model: Program, params: Sequence[Tensor] = ()) -> None:
         self.model, self.params = model, tuple(params)
@@ -73,8 +70,6 @@ class Proposal(ABC):
 class Prior(Proposal):
     """The model's own p(z)."""
 
-    name = "prior"
-
     def draw(self, x: Tensor, params: Sequence[Tensor], num_samples: int) -> dict[str, Tensor]:
         """Draws of the prior."""
         return prior_draws(self.model, x, num_samples)
@@ -95,8 +90,6 @@ class Prior(Proposal):
 
 class Freed(Proposal):
     """Members of families with parameters for each row; the encoder has run once."""
-
-    name = "guide"
 
     def __init__(
         self, model: Program, families: Mapping[str, Family], params: Mapping[str, Tensor]
@@ -126,8 +119,6 @@ class Freed(Proposal):
 
 class Conditioned(Proposal):
     """A guide whose sites hang on each other: it runs anew for every value."""
-
-    name = "guide"
 
     def __init__(self, model: Program, guide: Program) -> None:
         super().__init__(model)
@@ -165,9 +156,10 @@ def mixture_weights(proposals: Sequence[Proposal], x: Tensor, num_samples: int) 
         parts = []
         for size in draw_chunks(num_samples, x):
             z = proposal.draw(x, proposal.params, size)
-            terms = [p.log_prob(x, p.params, z) for p in proposals]
+            own, target = proposal.log_densities(x, proposal.params, z)
+            terms = [own if p is proposal else p.log_prob(x, p.params, z) for p in proposals]
             mixture = torch.logsumexp(torch.stack(terms), dim=0) - math.log(len(proposals))
-            parts.append(joint(proposal.model, x, z) - mixture)
+            parts.append(target - mixture)
         found.append(torch.cat(parts))
     return torch.stack(found)
 
