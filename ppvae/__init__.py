@@ -39,6 +39,7 @@ from ppvae.evidence import Estimate, elbo, enumeration, iwae, quadrature
 from ppvae.explanation import Explanation, explain
 from ppvae.gradients import GradientVariance, gradient_variance
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
+from ppvae.inference_data import to_datatree
 from ppvae.ledger import Comparison
 from ppvae.local import LocalFit, fit_per_datapoint
 from ppvae.pooling import PooledEstimate, log_evidence
@@ -118,5 +119,6 @@ __all__ = [
     "repair_costs",
     "sandwich",
     "simulate",
+    "to_datatree",
     "weight_diagnostics",
 ]

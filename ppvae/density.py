@@ -12,9 +12,11 @@ enter: a scale inside a log-sum-exp is no bound on anything. Masks do enter.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -644,17 +646,26 @@ def joint(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
         return _sum_sites(trace, first.shape[:2], latents)
 
 
-def prior_and_likelihood(
-    model: Program, x: Tensor, latents: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The two terms of `joint`: log p(z), and log p(x given z), each ``(num_samples, batch)``."""
+def site_densities(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The terms of `joint` by site, latent and observed, each ``(num_samples, batch)``."""
     shape = next(iter(latents.values())).shape[:2]
     conditioned = poutine.condition(model, data=dict(latents))
     with unvalidated(), _with_draws(shape), particles(shape[0]):
         trace = poutine.trace(conditioned).get_trace(x)
-        prior = _sum_sites(trace, shape, latents, lambda name: name in latents)
-        likelihood = _sum_sites(trace, shape, latents, lambda name: name not in latents)
-    return prior, likelihood
+        return {
+            site: _sum_sites(trace, shape, latents, partial(operator.eq, site))
+            for site, _ in sample_sites(trace)
+        }
+
+
+def prior_and_likelihood(
+    model: Program, x: Tensor, latents: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The two terms of `joint`: log p(z), and log p(x given z), each ``(num_samples, batch)``."""
+    terms = site_densities(model, x, latents)
+    prior = [term for name, term in terms.items() if name in latents]
+    likelihood = [term for name, term in terms.items() if name not in latents]
+    return sum(prior[1:], prior[0]), sum(likelihood[1:], likelihood[0])
 
 
 def log_guide(guide: Program, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
@@ -823,6 +834,22 @@ def prior_draws(model: Program, x: Tensor, num_samples: int) -> dict[str, Tensor
         name: site["value"].expand(*shape, *site["fn"].event_shape)
         for name, site in sample_sites(trace)
         if not site["is_observed"]
+    }
+
+
+def predicted(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Draws of the observed sites given draws of the latents, ``(num_samples, batch, *event)``.
+
+    For code that provides the contexts of `judging` itself.
+    """
+    shape = next(iter(latents.values())).shape[:2]
+    unseen = poutine.condition(poutine.uncondition(model), data=dict(latents))
+    with unvalidated(), _with_draws(shape), particles(shape[0]):
+        trace = poutine.trace(unseen).get_trace(x)
+    return {
+        name: site["value"].expand(*shape, *site["fn"].event_shape)
+        for name, site in sample_sites(trace)
+        if name not in latents
     }
 
 
