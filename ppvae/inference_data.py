@@ -189,7 +189,7 @@ def to_datatree(
     }
     further = {}
     if isinstance(model, Comparison):
-        further["comparison"] = model.dataset
+        further["comparison"] = _ledger(model, names, *sources.values())
     if fit is not None:
         further["training"] = _training(fit)
     return _in_memory(sources, further) if file is None else _written(sources, further, file)
@@ -372,7 +372,12 @@ class _Source:
         shapes |= {n: v.shape[1:] if self._has_rows(v) else v.shape for n, v in constants.items()}
         shapes |= {"rows": tuple(x.shape[1:])} if "rows" in self._constants else {}
         self._shapes = shapes
-        names.check(self._sites.plate, len(x), shapes)
+        names.check(self.plate, len(x), shapes)
+
+    @property
+    def plate(self) -> str:
+        """Name of the dimension of the rows."""
+        return self._sites.plate
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -505,7 +510,7 @@ class _Source:
 
     def _dims(self, name: str, *, rows: bool, event: bool = True) -> list[str]:
         own = self._names.event(name, self._shapes[name]) if event else []
-        return [self._sites.plate, *own] if rows else own
+        return [self.plate, *own] if rows else own
 
     def fixed(self) -> dict[str, xarray.Dataset]:
         """What has no draws, by group; once all of `portions` has been taken."""
@@ -520,7 +525,7 @@ class _Source:
         if "sample_stats" in self._groups:
             of_rows = {"pareto_k": pareto_k(self._weights), **self._entry.of_rows}
             variables = {name: _as_array(value) for name, value in of_rows.items()}
-            dims = {name: [self._sites.plate] for name in variables}
+            dims = {name: [self.plate] for name in variables}
             found["sample_stats"] = stats = self._names.dataset(variables, dims, {})
             if self._num_samples > 1:
                 stats["pareto_k"].attrs["threshold"] = pareto_k_threshold(self._num_samples)
@@ -552,6 +557,12 @@ def _wanted(groups: Sequence[str] | None, factors: Sequence[str]) -> list[str]:
             f"distribution with obs=."
         )
     return [group for group in GROUPS if group in groups]
+
+
+def _ledger(comparison: Comparison, names: _Names, first: _Source, *_: _Source) -> xarray.Dataset:
+    """The figures of a comparison, with what the reader wants along the rows."""
+    rows = names.coords.get(first.plate)
+    return comparison.dataset if rows is None else comparison.dataset.assign_coords(data=rows)
 
 
 def _same(value: Tensor, x: Tensor) -> bool:
