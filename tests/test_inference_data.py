@@ -12,7 +12,7 @@ import torch
 import xarray
 
 import ppvae
-from ppvae import inference_data, pairs
+from ppvae import files, inference_data, pairs
 from ppvae.families import DiagonalNormal
 from ppvae.guides import PerDatapoint
 from ppvae.inference_data import GROUPS
@@ -21,9 +21,7 @@ from ppvae.models import FactorAnalysis
 ROWS, DRAWS = 12, 4000
 SUFFIXES = [
     ".nc",
-    pytest.param(
-        ".zarr", marks=pytest.mark.skipif(not inference_data.find_spec("zarr"), reason="no zarr")
-    ),
+    pytest.param(".zarr", marks=pytest.mark.skipif(not files.find_spec("zarr"), reason="no zarr")),
 ]
 
 
@@ -409,7 +407,7 @@ def test_an_interrupted_file_leaves_nothing_behind(linear, suffix, tmp_path, mon
 
 def test_zarr_that_is_not_installed_is_said(linear, tmp_path, monkeypatch):
     model, guide, x = linear
-    monkeypatch.setattr(inference_data, "find_spec", lambda name: None)
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs zarr.*ppvae\[zarr\]"):
         ppvae.to_datatree(model, guide, x, path=tmp_path / "draws.zarr")
 

@@ -69,6 +69,7 @@ ROWS = [
     "consequences",
     "explanation",
     "repairs",
+    "files",
     "inference_data",
     "plots",
     "preparing",
