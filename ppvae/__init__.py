@@ -47,6 +47,7 @@ from ppvae.reconstruction import fit_autoencoder
 from ppvae.refinement import Refinement, refine
 from ppvae.repairs import RepairCosts, repair_costs
 from ppvae.simulation import Simulated, simulate
+from ppvae.timing import ElboAgainstTime, elbo_against_time
 from ppvae.training import Fit, fit
 from ppvae.usage import ElementUse, MutualInformation, element_use, mutual_information
 
@@ -63,6 +64,7 @@ __all__ = [
     "CompileReport",
     "CompileWarning",
     "Consequences",
+    "ElboAgainstTime",
     "ElementUse",
     "Estimate",
     "Explanation",
@@ -88,6 +90,7 @@ __all__ = [
     "density",
     "diagnostics",
     "elbo",
+    "elbo_against_time",
     "element_use",
     "enumeration",
     "evidence",

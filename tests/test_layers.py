@@ -69,6 +69,7 @@ ROWS = [
     "consequences",
     "explanation",
     "repairs",
+    "timing",
     "files",
     "inference_data",
     "plots",

@@ -6,8 +6,11 @@ Okabe & Ito (2008), which colour-blind readers can tell apart. Matplotlib's sett
 are.
 """
 
+from ppvae.plots.bounds import evidence_bounds, sandwich, sandwich_widths
 from ppvae.plots.calibration import coverage, rank_ecdf, z_scores
 from ppvae.plots.collapse import element_kl
+from ppvae.plots.costs import break_even, elbo_against_time
+from ppvae.plots.fitting import losses
 from ppvae.plots.gaps import gap_against, gap_bars, gap_sorted
 from ppvae.plots.gradients import gradient_variance
 from ppvae.plots.images import (
@@ -20,10 +23,14 @@ from ppvae.plots.images import (
 )
 from ppvae.plots.mending import explanation, refinement, repair_costs
 from ppvae.plots.toy import toy_posterior
+from ppvae.plots.weights import pareto_k_against, pareto_k_sorted
 
 __all__ = [
+    "break_even",
     "coverage",
+    "elbo_against_time",
     "element_kl",
+    "evidence_bounds",
     "explanation",
     "gap_against",
     "gap_bars",
@@ -32,11 +39,16 @@ __all__ = [
     "interpolation",
     "latent_grid",
     "latent_scatter",
+    "losses",
+    "pareto_k_against",
+    "pareto_k_sorted",
     "rank_ecdf",
     "reconstructions",
     "refinement",
     "repair_costs",
     "samples",
+    "sandwich",
+    "sandwich_widths",
     "toy_posterior",
     "traversals",
     "z_scores",

@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppvae.calibration import LEVELS, Calibration
-from ppvae.plots.style import BLACK, GREY, MANY, axes_or_new, styled
+from ppvae.plots.style import (
+    BLACK,
+    GREY,
+    LINES,
+    MANY,
+    MARKS,
+    SHADE,
+    axes_or_new,
+    legend_beside,
+    styled,
+)
 from ppvae.uniformity import NUM_POINTS, ecdf_band, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
-_MARKS = ("o", "x", "^", "s", "D", "+", "v")
 # Curves beyond which whiskers would cover them.
 _WHISKERS = 6
 
@@ -50,7 +58,7 @@ def rank_ecdf(calibration: Calibration, *, level: float = 0.05, ax: Axes | None 
         ends,
         np.concatenate([[0.0], lower - grid(), [0.0]]),
         np.concatenate([[0.0], upper - grid(), [0.0]]),
-        color="#dddddd",
+        color=SHADE,
         linewidth=0,
         label=f"all curves of exact guides\nare inside in {100 * (1 - level):.0f} % of cases",
     )
@@ -61,7 +69,7 @@ def rank_ecdf(calibration: Calibration, *, level: float = 0.05, ax: Axes | None 
     ax.set_xlim(0, 1)
     ax.set_xlabel("rank of the true latent among the draws, as a share")
     ax.set_ylabel("share of rows up to there,\nless that of uniform ranks")
-    return _with_legend(styled(ax, legend=False))
+    return legend_beside(styled(ax, legend=False))
 
 
 def coverage(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
@@ -105,7 +113,7 @@ def coverage(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks([0, 0.5, 0.8, 0.95], ["0", "50", "80", "95"])
     ax.set_xlabel("level of the interval (%)")
     ax.set_ylabel("true latents inside (%)")
-    return _with_legend(styled(ax, legend=False, grid="both"))
+    return legend_beside(styled(ax, legend=False, grid="both"))
 
 
 def z_scores(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
@@ -140,9 +148,9 @@ def z_scores(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
         y = found.z_scores[:, element].cpu().numpy()
         finite = np.isfinite(x) & np.isfinite(y)
         left_out, total = left_out + int((~finite).sum()), total + len(y)
-        mark = _MARKS[list(calibration.guides).index(guide) % len(_MARKS)]
+        mark = MARKS[list(calibration.guides).index(guide) % len(MARKS)]
         if len(calibration.guides) == 1 and label:
-            mark = _MARKS[at % len(_MARKS)]
+            mark = MARKS[at % len(MARKS)]
         open_mark = {} if mark in "x+" else {"facecolors": "none"}
         ax.scatter(
             x[finite],
@@ -158,7 +166,7 @@ def z_scores(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
         ax.set_title(f"left out, not finite: {left_out} of {total}", fontsize="small")
     ax.set_xlabel("contraction (1 − posterior variance / prior variance)")
     ax.set_ylabel("z-score (posterior sd)")
-    return _with_legend(styled(ax, legend=False))
+    return legend_beside(styled(ax, legend=False))
 
 
 def _curves(calibration: Calibration) -> Iterator[tuple[str | None, Any, tuple[str, int], Any]]:
@@ -174,18 +182,5 @@ def _curves(calibration: Calibration) -> Iterator[tuple[str | None, Any, tuple[s
             label: str | None = name.replace("per_datapoint", "per datapoint") if several else part
             if (several and element) or (not several and not few):
                 label = None
-            look = {"color": MANY[at % len(MANY)], "linestyle": _LINES[at % len(_LINES)]}
+            look = {"color": MANY[at % len(MANY)], "linestyle": LINES[at % len(LINES)]}
             yield label, look, (name, element), found.pit[:, element].cpu().numpy()
-
-
-def _with_legend(ax: Axes) -> Axes:
-    """A legend that hides nothing: beside the axes."""
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(
-            frameon=False,
-            fontsize="small",
-            loc="upper left",
-            bbox_to_anchor=(1.0, 1.0),
-            markerscale=1.6,
-        )
-    return ax

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ppvae.diagnostics import ElementKL
-from ppvae.plots.style import MANY, axes_or_new, styled
+from ppvae.plots.style import LINES, MANY, axes_or_new, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLES = ("-", "--", ":", "-.")
 # Nats: below this the axis is linear, so that a collapsed element ends at the bottom.
 _LINEAR = 0.01
 
@@ -65,7 +64,7 @@ def element_kl(
             steps,
             line,
             color=MANY[at % len(MANY)],
-            linestyle=_STYLES[at % len(_STYLES)],
+            linestyle=LINES[at % len(LINES)],
             linewidth=1.2,
             label=site if first else None,
         )

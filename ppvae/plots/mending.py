@@ -23,6 +23,7 @@ from ppvae.plots.style import (
     Labels,
     PointLabel,
     axes_or_new,
+    legend_below,
     settle,
     styled,
 )
@@ -187,7 +188,7 @@ def repair_costs(
     shown = np.concatenate(list(rows.values()))
     if not len(shown):
         return ax
-    _legend_below(ax)
+    legend_below(ax)
     settle(ax)
     lines = [np.column_stack([ax.get_xlim(), (h, h)]) for h in (0.0, *heights.values())]
     for kind, own in rows.items():
@@ -232,21 +233,6 @@ def _short(repair: str) -> str:
         return repair.removeprefix("q* ")
     count = re.search(r"\d[\d,]*", repair)
     return count[0] if count else repair
-
-
-def _legend_below(ax: Axes) -> None:
-    """A legend under the axis label, at the same distance whatever the size of the axes."""
-    from matplotlib.transforms import ScaledTranslation
-
-    below = ScaledTranslation(0, -40 / 72, ax.figure.dpi_scale_trans)
-    ax.legend(
-        frameon=False,
-        fontsize="small",
-        ncols=2,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0),
-        bbox_transform=ax.transAxes + below,
-    )
 
 
 def refinement(

@@ -16,6 +16,11 @@ BLACK, GREY = "#000000", "#7f7f7f"
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 PINK, SKY, YELLOW = "#CC79A7", "#56B4E9", "#E69F00"
 MANY = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK)
+# As many dashes and marks as colours: what has one of its own has the others too.
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
+MARKS = ("o", "x", "^", "s", "D", "+", "v")
+# Behind the data: what is unreliable, or where all is as it should be.
+SHADE = "#dddddd"
 
 _LABEL_SIZE = 8.0
 # Of the size of a font: how wide its letters are on average, and how high a line of it.
@@ -43,9 +48,41 @@ def styled(ax: Axes, *, legend: bool = True, grid: str | None = "y") -> Axes:
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_axisbelow(True)
     if grid:
-        ax.grid(axis=grid, color="#dddddd", linewidth=0.6)  # type: ignore[arg-type]
+        ax.grid(axis=grid, color=SHADE, linewidth=0.6)  # type: ignore[arg-type]
     if legend:
         ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def legend_beside(ax: Axes) -> Axes:
+    """A legend that hides nothing: beside the axes."""
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(
+            frameon=False,
+            fontsize="small",
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+            markerscale=1.6,
+        )
+    return ax
+
+
+def legend_below(ax: Axes, *, title: str | None = None, columns: int = 2) -> Axes:
+    """A legend under the axis label, at the same distance whatever the size of the axes."""
+    from matplotlib.transforms import ScaledTranslation
+
+    below = ScaledTranslation(0, -40 / 72, ax.figure.dpi_scale_trans)
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(
+            title=title,
+            title_fontsize="small",
+            frameon=False,
+            fontsize="small",
+            ncols=columns,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            bbox_transform=ax.transAxes + below,
+        )
     return ax
 
 
