@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from ppvae.plots.style import (
     axes_or_new,
     legend_below,
     styled,
+    whole_ranks,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 # Numbers on the axis up to which each has a tick of its own.
 _TICKS = 8
+# The least ratio of two numbers whose ticks do not run into each other.
+_APART = 1.4
 
 
 def evidence_bounds(
@@ -58,20 +63,20 @@ def evidence_bounds(
         >>> x = torch.tensor([0.0, 1.5])
         >>> found = {draws: ppvae.iwae(model, guide, x, draws) for draws in (10, 100)}
         >>> ax = evidence_bounds({"iwae": found}, label="draws a row", exact=model.log_evidence(x))
-        >>> ax.get_ylabel()
-        'estimate less exact log p(x)\\n± 2 standard errors (nats per datum)'
+        >>> ax.get_xlabel()
+        'draws a row'
     """
     _check_numbers("estimates", [n for each in estimates.values() for n in each])
     rows = {len(found.value) for each in estimates.values() for found in each.values()}
     if len(rows) > 1:
         raise ValueError(f"estimates: expected all of the same rows; got {sorted(rows)} rows.")
-    mean = None if exact is None else float(torch.as_tensor(exact).double().mean())
+    mean = 0.0 if exact is None else _mean(exact)
     ax = axes_or_new(ax, 5.8, 3.8)
     for at, (name, each) in enumerate(estimates.items()):
         numbers = sorted(each)
         ax.errorbar(
             numbers,
-            [each[n].mean - (mean or 0.0) for n in numbers],
+            [each[n].mean - mean for n in numbers],
             [2 * each[n].mean_stderr for n in numbers],
             label=name,
             color=MANY[at % len(MANY)],
@@ -81,11 +86,11 @@ def evidence_bounds(
             elinewidth=1,
             capsize=3,
         )
-    if mean is not None:
+    if exact is not None:
         ax.axhline(0, color=BLACK, linewidth=0.8)
     _log_numbers(ax, [n for each in estimates.values() for n in each])
     ax.set_xlabel(label)
-    what = "log p(x)" if mean is None else "estimate less exact log p(x)"
+    what = "log p(x)" if exact is None else "estimate less exact log p(x)"
     ax.set_ylabel(f"{what}\n± 2 standard errors (nats per datum)")
     return legend_below(styled(ax, legend=False))
 
@@ -121,8 +126,8 @@ def sandwich(
         ...     for count in (5, 10)
         ... }
         >>> ax = sandwich(found, exact=model.log_evidence(found[5].x))
-        >>> ax.get_xlabel(), ax.get_ylabel()
-        ('temperatures', 'log p(x) of simulated data\\n(nats per datum)')
+        >>> ax.get_xlabel()
+        'temperatures'
     """
     numbers = _check_rows(results)
     ax = axes_or_new(ax, 5.0, 3.6)
@@ -143,7 +148,7 @@ def sandwich(
             **look,
         )
     if exact is not None:
-        level = float(torch.as_tensor(exact).double().mean())
+        level = _mean(exact)
         ax.axhline(level, color=BLACK, linewidth=1, linestyle=":", label="exact")
     _log_numbers(ax, numbers)
     ax.set_xlabel("temperatures")
@@ -180,17 +185,24 @@ def sandwich_widths(results: Mapping[int, Sandwich], *, ax: Axes | None = None) 
         ax.plot(
             np.arange(1, len(widths) + 1),
             np.sort(widths),
-            label=f"{n:,}: mean {found.width:.2g} ± {2 * found.width_stderr:.1g}",
+            label=f"{n:,}: {found.width:.2g} ± {2 * found.width_stderr:.1g}",
             color=MANY[at % len(MANY)],
             linestyle=LINES[at % len(LINES)],
             marker=MARKS[at % len(MARKS)] if len(widths) < 30 else None,
             markersize=4,
         )
     ax.axhline(0, color=BLACK, linewidth=0.8)
+    whole_ranks(ax)
     several = " (each curve sorted by itself)" if len(numbers) > 1 else ""
     ax.set_xlabel(f"rank of the simulated datum{several}")
     ax.set_ylabel("upper less lower bound (nats)")
-    return legend_below(styled(ax, legend=False), title="temperatures: width ± 2 errors (nats)")
+    return legend_below(
+        styled(ax, legend=False), title="temperatures: mean width ± 2 standard errors (nats)"
+    )
+
+
+def _mean(exact: float | Tensor) -> float:
+    return float(torch.as_tensor(exact).detach().double().mean())
 
 
 def _check_numbers(name: str, numbers: list[int]) -> None:
@@ -217,6 +229,7 @@ def _log_numbers(ax: Axes, numbers: list[int]) -> None:
     """A logarithmic axis of counts, each with a tick where they are few."""
     ax.set_xscale("log")
     distinct = sorted(set(numbers))
-    if len(distinct) <= _TICKS:
+    apart = min((b / a for a, b in itertools.pairwise(distinct)), default=math.inf)
+    if len(distinct) <= _TICKS and apart > _APART:
         ax.set_xticks(distinct, [f"{n:,}" for n in distinct])
         ax.minorticks_off()

@@ -16,6 +16,7 @@ from ppvae.plots.style import (
     ORANGE,
     Labels,
     axes_or_new,
+    legend_above,
     settle,
     styled,
 )
@@ -106,12 +107,12 @@ def break_even(costs: Comparison | RepairCosts, *, ax: Axes | None = None) -> Ax
         ax.annotate(
             f"break-even: {even:,.0f} data",
             (even, training + encode * even),
-            xytext=(10, -12),
+            xytext=(-4, 6),
             textcoords="offset points",
-            va="top",
+            ha="right",
+            va="bottom",
             fontsize="small",
         )
-        # Room at the right, for what is said of a crossing far right.
     else:
         never = "q* is the cheaper for any number of data"
         ax.set_title(
@@ -121,7 +122,7 @@ def break_even(costs: Comparison | RepairCosts, *, ax: Axes | None = None) -> Ax
     ax.set_xlim(count[0], count[-1])
     ax.set_xlabel("number of data")
     ax.set_ylabel("seconds in all")
-    return styled(ax, grid="both")
+    return legend_above(styled(ax, legend=False, grid="both"))
 
 
 def _seconds(costs: Comparison | RepairCosts) -> tuple[float, float, float, float]:
@@ -183,13 +184,13 @@ def elbo_against_time(result: ElboAgainstTime, *, ax: Axes | None = None) -> Axe
     ax.axhline(levels["L[q*]"], color=GREY, linewidth=1, linestyle=(0, (6, 3)), zorder=0)
     if "log p(x)" in levels:
         ax.axhline(levels["log p(x)"], color=BLACK, linewidth=1, zorder=0)
-    _upper_part(ax, ds["elbo"].values, ends, list(levels.values()))
+    _upper_part(ax, ds["seconds"].values, ds["elbo"].values, ends, list(levels.values()))
     ax.set_xlabel("wall time (s)")
     ax.set_ylabel(
         f"ELBO of {attrs['rows']:,} held-out rows\n± 2 Monte Carlo errors (nats per datum)"
     )
     styled(ax, legend=False)
-    ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.0), ncols=1)
+    legend_above(ax)
     settle(ax)
     points = np.column_stack([ds["seconds"].values, ds["elbo"].values])
     labels = Labels(ax, points, [np.column_stack([ax.get_xlim(), (h, h)]) for h in levels.values()])
@@ -205,10 +206,13 @@ def _rising(seconds: Any, elbo: Any) -> Any:
     return order[elbo[order] >= best]
 
 
-def _upper_part(ax: Axes, values: Any, ends: list[float], levels: list[float]) -> None:
+def _upper_part(
+    ax: Axes, seconds: Any, values: Any, ends: list[float], levels: list[float]
+) -> None:
     """Limits that hold all ends and levels, and of the way to them what still tells them apart."""
     top, bottom = max(*ends, *levels), min(ends)
     span = max(top - bottom, _LEAST / _DOWN)
-    finite = values[np.isfinite(values)]
-    low = max(float(finite.min()), top - _DOWN * span)
+    low = max(float(values[np.isfinite(values)].min()), top - _DOWN * span)
+    shown = seconds[values >= low]
+    ax.set_xlim(shown.min() / 2, shown.max() * 2)
     ax.set_ylim(low - 0.05 * (top - low), top + 0.12 * (top - low))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppvae.plots.style import BLACK, BLUE, ORANGE, axes_or_new, styled
+from ppvae.plots.style import BLACK, BLUE, ORANGE, axes_or_new, legend_above, styled, whole_ranks
 
 if TYPE_CHECKING:
     import xarray
@@ -86,7 +86,7 @@ def gap_bars(comparison: Comparison | Mapping[str, Comparison], *, ax: Axes | No
     ax.set_xlim(-0.6, len(groups) - 0.4)
     ax.margins(y=0.15)
     ax.set_ylabel("mean gap ± 2 Monte Carlo errors\n(nats per datum)")
-    return styled(ax)
+    return legend_above(styled(ax, legend=False))
 
 
 def gap_against(
@@ -143,7 +143,7 @@ def gap_against(
     ax.axhline(0, color=BLACK, linewidth=0.8)
     ax.set_xlabel(label)
     ax.set_ylabel("gap ± 2 Monte Carlo errors (nats)")
-    return styled(ax)
+    return legend_above(styled(ax, legend=False))
 
 
 def gap_sorted(comparison: Comparison, *, guide: str | None = None, ax: Axes | None = None) -> Axes:
@@ -184,6 +184,7 @@ def gap_sorted(comparison: Comparison, *, guide: str | None = None, ax: Axes | N
         )
         ax.fill_between(rank, value - band, value + band, color=style["color"], alpha=0.25, lw=0)
     ax.axhline(0, color=BLACK, linewidth=0.8)
+    whole_ranks(ax)
     ax.set_xlabel("rank of the datum (each gap sorted by itself)")
     ax.set_ylabel("gap ± 2 Monte Carlo errors (nats)")
-    return styled(ax)
+    return legend_above(styled(ax, legend=False))

@@ -17,7 +17,10 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 PINK, SKY, YELLOW = "#CC79A7", "#56B4E9", "#E69F00"
 MANY = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK)
 # As many dashes and marks as colours: what has one of its own has the others too.
-LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
+LINES: tuple[Any, ...] = (
+    *("-", "--", "-.", ":"),
+    *((0, (9, 2)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 5))),
+)
 MARKS = ("o", "x", "^", "s", "D", "+", "v")
 # Behind the data: what is unreliable, or where all is as it should be.
 SHADE = "#dddddd"
@@ -51,6 +54,19 @@ def styled(ax: Axes, *, legend: bool = True, grid: str | None = "y") -> Axes:
         ax.grid(axis=grid, color=SHADE, linewidth=0.6)  # type: ignore[arg-type]
     if legend:
         ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def legend_above(ax: Axes, *, columns: int = 1) -> Axes:
+    """A legend that hides nothing: above the axes, at their left end."""
+    ax.legend(
+        frameon=False,
+        fontsize="small",
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        borderaxespad=0.2,
+    )
     return ax
 
 
@@ -93,6 +109,13 @@ class PointLabel:
     x: float
     y: float
     text: str
+
+
+def whole_ranks(ax: Axes) -> None:
+    """Ticks of a horizontal axis of ranks: there is no half of a datum."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 def settle(ax: Axes) -> None:

@@ -18,12 +18,11 @@ from ppvae.plots.style import (
     axes_or_new,
     legend_below,
     styled,
+    whole_ranks,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_LABEL = "Pareto k-hat (shape of the weights' tail)"
 
 
 def pareto_k_sorted(
@@ -71,6 +70,7 @@ def pareto_k_sorted(
             markersize=4,
         )
     _finish(ax, [k for each in curves.values() for k in each], threshold, draws, missing)
+    whole_ranks(ax)
     each = " (each curve sorted by itself)" if len(curves) > 1 else ""
     ax.set_xlabel(f"rank of the datum{each}")
     return legend_below(styled(ax, legend=False))
@@ -135,7 +135,7 @@ def _curves(
                 f"guide: weight diagnostics are of one guide and name none; got {guide!r}."
             )
         k = result.pareto_k.detach().cpu().double().numpy()
-        return {"k-hat": k}, result.threshold, result.num_samples
+        return {"guide": k}, result.threshold, result.num_samples
     ds, attrs = result.dataset, result.dataset.attrs
     known = ds["guide"].values.tolist()
     if guide is not None and guide not in known:
@@ -170,7 +170,7 @@ def _finish(ax: Axes, values: Any, threshold: float, draws: int, missing: list[s
     )
     ax.axhline(threshold, color=BLACK, linewidth=0.8, linestyle=(0, (6, 3)))
     ax.set_ylim(low - edge, high + edge)
-    ax.set_ylabel(_LABEL)
+    ax.set_ylabel("Pareto k-hat of the weights")
     said = "; ".join(part for part in missing if part)
     if said:
         ax.set_title(f"not drawn: {said}", fontsize="small")
