@@ -1,5 +1,7 @@
 """Figures: what is drawn is the result that was given, and nothing else is touched."""
 
+import itertools
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +13,16 @@ import pyro
 import pytest
 import torch
 import xarray
+from byhand import annealed, ledger, sandwiches
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
+from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation, Text
 
 import ppvae
 from ppvae import generation, pairs, plots
-from ppvae.diagnostics import ElementKL
+from ppvae.diagnostics import ElementKL, Smoothed
 from ppvae.explanation import PARTS
 from ppvae.families import Gamma, LogNormal
 from ppvae.isolation import forked_rng, private_store
@@ -469,6 +475,280 @@ def test_gaps_that_are_not_positive_or_not_finite() -> None:
         plots.refinement(refined([np.inf] * 5), MEASURED)
 
 
+# --- Time --------------------------------------------------------------------------------------
+
+
+def price_list() -> ppvae.RepairCosts:
+    """The costs above, with a training of 60 s; q* cold costs 0.2 s and 26 ms a row."""
+    ds = COSTS.dataset.assign_attrs(
+        seconds_training=60.0,
+        seconds_encoding_fixed=0.01,
+        seconds_encoding_per_row=1e-3,
+        break_even=(60.0 + 0.01 - 0.2) / (0.026 - 1e-3),
+    )
+    return ppvae.RepairCosts(ds)
+
+
+@pytest.mark.parametrize("make", [ledger, price_list])
+def test_the_lines_of_the_break_even_cross_at_its_mark(make: Callable[[], Any]) -> None:
+    costs = make()
+    even = costs.dataset.attrs["break_even"]
+    ax = plots.break_even(costs, ax=axes())
+    amortized, each, (mark) = ax.lines
+    (x,), (y,) = mark.get_data()
+    assert x == pytest.approx(even)
+    assert ax.get_xlim()[0] == 1
+    assert ax.get_xlim()[1] >= 10 * even
+    count, seconds = amortized.get_data()
+    fits = each.get_ydata()
+    # Both are straight in N.
+    for line in (seconds, fits):
+        assert line == pytest.approx(np.poly1d(np.polyfit(count, line, 1))(count), rel=1e-4)
+    for line in (seconds, fits):
+        assert np.interp(even, count, line) == pytest.approx(y, rel=1e-9)
+    assert (seconds[count < even] > fits[count < even]).all()
+    assert (seconds[count > even] < fits[count > even]).all()
+    (text,) = ax.texts
+    assert text.get_text() == f"break-even: {even:,.0f} data"
+
+
+def test_seconds_of_the_break_even_are_those_that_were_measured() -> None:
+    one, other = plots.break_even(ledger(), ax=axes()).lines[:2]
+    assert (one.get_ydata()[0], other.get_ydata()[0]) == pytest.approx((30.01, 0.5))
+    one, other = plots.break_even(price_list(), ax=axes()).lines[:2]
+    assert (one.get_ydata()[0], other.get_ydata()[0]) == pytest.approx((60.011, 0.226))
+
+
+@pytest.mark.parametrize(
+    ("even", "said"),
+    [(np.inf, "q* is the cheaper for any"), (-3.0, "amortized is the cheaper for any")],
+)
+def test_where_nothing_crosses_it_is_said(even: float, said: str) -> None:
+    ax = plots.break_even(ledger(even=even), ax=axes())
+    assert ax.get_title().startswith(said)
+    assert len(ax.lines) == 2
+
+
+@pytest.mark.parametrize(("make", "call"), [(ledger, "compare"), (price_list, "repair_costs")])
+def test_a_break_even_needs_the_training(make: Callable[[], Any], call: str) -> None:
+    costs = make()
+    costs.dataset.attrs["break_even"] = np.nan
+    with pytest.raises(ValueError, match=rf"training are not known.*ppvae\.{call}\(\.\.\., fit="):
+        plots.break_even(costs)
+
+
+# Mode, nats, their error, seconds.
+POINTS = [
+    *(("amortized", -40.0, 0.1, 0.001), ("amortized", -3.0, 0.1, 1.0)),
+    *(("amortized", -2.5, 0.1, 3.0), ("amortized", -2.4, 0.1, 2.0)),
+    *(("per datapoint", -4.0, 0.05, 0.5), ("per datapoint", -2.0, 0.01, 0.4)),
+    *(("from the encoder", -2.1, 0.02, 2.5), ("from the encoder", -2.0, 0.01, 2.6)),
+]
+
+
+def timed(evidence: float = -1.5) -> ppvae.ElboAgainstTime:
+    columns = zip(*POINTS, strict=True)
+    return ppvae.ElboAgainstTime(
+        xarray.Dataset(
+            {
+                name: ("point", list(values))
+                for name, values in zip(
+                    ("mode", "elbo", "elbo_stderr", "seconds"), columns, strict=True
+                )
+            },
+            attrs={"rows": 60, "evidence": evidence},
+        )
+    )
+
+
+def test_elbos_stand_at_their_seconds() -> None:
+    ax = plots.elbo_against_time(timed(), ax=axes())
+    assert ax.get_xscale() == "log"
+    for container, mode in zip(ax.containers, dict.fromkeys(p[0] for p in POINTS), strict=True):
+        own = [point for point in POINTS if point[0] == mode]
+        seconds, elbo = container.lines[0].get_data()
+        assert elbo == pytest.approx([point[1] for point in own])
+        assert seconds == pytest.approx([point[3] for point in own])
+        for whisker, point in zip(container.lines[2][0].get_segments(), own, strict=True):
+            assert whisker[1, 1] - whisker[0, 1] == pytest.approx(4 * point[2])
+    joined = {line.get_label(): line.get_data() for line in ax.lines if line.get_label()[0] != "_"}
+    # A training that took longer and was worse is not on the line.
+    assert joined["amortized, while it trains"][1].tolist() == [-40.0, -3.0, -2.4]
+    assert joined["per datapoint, cold"][1].tolist() == [-2.0]
+    assert {text.get_text(): text.xy[1] for text in ax.texts} == {"L[q*]": -2.0, "log p(x)": -1.5}
+    # Eight times the distance of the ends from the best: that of an untrained encoder is beyond.
+    low, high = ax.get_ylim()
+    assert -40 < low < -1.5 - 8 * 0.9
+    assert high > -1.5
+    assert ax.get_xlim()[0] > 0.1
+
+
+def test_elbos_that_are_not_finite() -> None:
+    found = timed(np.nan)
+    found.dataset["elbo"][:4] = -np.inf
+    ax = plots.elbo_against_time(found, ax=axes())
+    assert [text.get_text() for text in ax.texts] == ["L[q*]"]
+    assert ax.get_ylim()[0] < -2.1
+    ax.figure.canvas.draw()
+    found.dataset["elbo"][:] = -np.inf
+    with pytest.raises(ValueError, match="no ELBO is finite"):
+        plots.elbo_against_time(found)
+
+
+def run_of(values: list[float], start: float = 0.0) -> ppvae.Fit:
+    return ppvae.Fit(
+        losses=torch.tensor(values),
+        elapsed=start + torch.arange(1, len(values) + 1, dtype=torch.float64) / 10,
+        seconds=1.0,
+        status="",
+        completed=True,
+        steps=len(values),
+        batch_size=1,
+    )
+
+
+def test_losses_are_means_over_the_steps_before() -> None:
+    run = run_of([5.0, 3.0, 4.0, 2.0])
+    mean, behind = plots.losses(run, window=2, ax=axes()).lines
+    assert mean.get_data()[0].tolist() == [2, 3, 4]
+    assert mean.get_ydata() == pytest.approx([4.0, 3.5, 3.0])
+    assert behind.get_ydata().tolist() == [5, 3, 4, 2]
+    ax = plots.losses({"one": run, "other": run_of([1.0] * 5, 7.0)}, against="time", ax=axes())
+    assert ax.get_xlabel() == "wall time (s)"
+    assert ax.get_ylabel() == "loss (nats per datum)"
+    one, other = ax.lines
+    assert one.get_xdata() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert other.get_xdata() == pytest.approx([7.1, 7.2, 7.3, 7.4, 7.5])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["one", "other"]
+    for unfit in ({}, run_of([])):
+        with pytest.raises(ValueError, match="at least one run"):
+            plots.losses(unfit)
+    with pytest.raises(ValueError, match="window: expected 1 to 4 steps.*got 5"):
+        plots.losses(run, window=5)
+    with pytest.raises(ValueError, match='against: expected "step" or "time"; got .epoch'):
+        plots.losses(run, against="epoch")  # type: ignore[arg-type]
+
+
+# --- Weights -----------------------------------------------------------------------------------
+
+
+def judged(k: list[float]) -> ppvae.WeightDiagnostics:
+    values = torch.tensor(k, dtype=torch.float64)
+    nothing = ppvae.Estimate(values, values, "lower", "iwae")
+    smoothed = Smoothed(values, values, values)
+    return ppvae.WeightDiagnostics(values, 0.5, values, nothing, smoothed, 100)
+
+
+def test_sorted_k_hats_are_those_of_each_guide() -> None:
+    ax = plots.pareto_k_sorted(ledger(), ax=axes())
+    drawn = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+    assert drawn["amortized"] == [0.2, 0.6, 0.9]
+    assert drawn["q*, per datapoint"] == [-0.2, 0.1, 0.5]
+    assert ax.get_title() == (
+        "not drawn: amortized: unknown in 1; per_datapoint: equal weights in 1"
+    )
+    (band,) = ax.patches
+    assert band.get_label() == "above 0.67: not reliable with 1,000 draws"
+    low, high = band.get_extents().transformed(ax.transData.inverted()).intervaly
+    assert low == pytest.approx(2 / 3)
+    assert high >= 1
+    one = plots.pareto_k_sorted(ledger(), guide="per_datapoint", ax=axes())
+    assert one.lines[0].get_ydata().tolist() == [-0.2, 0.1, 0.5]
+    assert one.get_title() == "not drawn: equal weights in 1"
+    alone = plots.pareto_k_sorted(judged([0.7, 0.1, 3.0]), ax=axes())
+    assert alone.lines[0].get_ydata().tolist() == [0.1, 0.7, 3.0]
+    assert alone.patches[0].get_label() == "above 0.50: not reliable with 100 draws"
+    assert alone.get_title() == ""
+    plots.pareto_k_sorted(judged([-np.inf, np.nan]), ax=axes())
+
+
+def test_k_hats_stand_above_the_gap_of_their_row() -> None:
+    ax = plots.pareto_k_against(ledger(), ax=axes())
+    (container,) = ax.containers
+    gap, k = container.lines[0].get_data()
+    assert (gap.tolist(), k.tolist()) == ([0.32, 0.45, 0.11], [0.9, 0.2, 0.6])
+    lengths = [whisker[1, 0] - whisker[0, 0] for whisker in container.lines[2][0].get_segments()]
+    assert lengths == pytest.approx([0.08, 0.2, 0.08])
+    assert ax.get_title() == "not drawn: unknown in 1"
+    without = ledger()
+    without.dataset["inference_gap"][0] = np.inf
+    ax = plots.pareto_k_against(without, ax=axes())
+    assert ax.get_title() == "not drawn: unknown in 1; no finite gap in 1"
+
+
+def test_k_hats_need_a_known_guide(toy: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match=r"expected one of \['amortized', 'per_datapoint'\]; got"):
+        plots.pareto_k_sorted(ledger(), guide="third")
+    with pytest.raises(ValueError, match="are of one guide and name none; got 'one'"):
+        plots.pareto_k_sorted(judged([0.1]), guide="one")
+    with pytest.raises(ValueError, match=r"expected one of \['one', 'other'\]; got None"):
+        plots.pareto_k_against(toy.several)
+
+
+# --- Bounds ------------------------------------------------------------------------------------
+
+
+def test_the_bounds_of_a_sandwich_stand_at_their_temperatures() -> None:
+    found = sandwiches()
+    ax = plots.sandwich(found, exact=torch.tensor([-3.0, -2.0, -4.0]), ax=axes())
+    for container, side in zip(ax.containers, ("upper", "lower"), strict=True):
+        assert container.get_label() == f"{side} bound"
+        count, mean = container.lines[0].get_data()
+        assert count.tolist() == [10, 20, 80]
+        wanted = [getattr(found[n], side) for n in (10, 20, 80)]
+        assert mean == pytest.approx([each.mean for each in wanted])
+        for whisker, each in zip(container.lines[2][0].get_segments(), wanted, strict=True):
+            assert whisker[1, 1] - whisker[0, 1] == pytest.approx(4 * each.mean_stderr)
+    assert ax.lines[-1].get_ydata()[0] == pytest.approx(-3.0)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["10", "20", "80"]
+    assert len(plots.sandwich(found, ax=axes()).get_legend().get_texts()) == 2
+
+
+def test_widths_are_those_of_the_rows_in_order() -> None:
+    found = sandwiches()
+    ax = plots.sandwich_widths(found, ax=axes())
+    for line, count in zip(ax.lines, (10, 20, 80), strict=False):
+        widths = line.get_ydata()
+        assert (np.diff(widths) >= 0).all()
+        assert widths.mean() == pytest.approx(found[count].width)
+        assert line.get_label().startswith(f"{count}: ")
+    assert ax.lines[2].get_ydata() == pytest.approx([-0.03, 0.15, 0.45])
+
+
+def test_bounds_against_the_work_are_measured_from_the_exact_evidence() -> None:
+    lower = {name: each.lower for name, each in sandwiches().items()}
+    exact = torch.tensor([-3.0, -2.0, -4.0], requires_grad=True)
+    known = plots.evidence_bounds({"ais": lower}, label="T", exact=exact, ax=axes())
+    unknown = plots.evidence_bounds({"ais": lower}, label="T", ax=axes())
+    for ax, off in ((known, -3.0), (unknown, 0.0)):
+        (container,) = ax.containers
+        count, mean = container.lines[0].get_data()
+        assert count.tolist() == [10, 20, 80]
+        assert mean == pytest.approx([lower[n].mean - off for n in (10, 20, 80)])
+        for whisker, n in zip(container.lines[2][0].get_segments(), (10, 20, 80), strict=True):
+            assert whisker[1, 1] - whisker[0, 1] == pytest.approx(4 * lower[n].mean_stderr)
+    assert known.get_ylabel().startswith("estimate less exact log p(x)")
+    assert unknown.get_ylabel().startswith("log p(x)")
+
+
+def test_bounds_that_do_not_go_together_are_refused() -> None:
+    found = sandwiches()
+    other = ppvae.Sandwich(torch.ones(3, 2), found[10].lower, found[10].upper)
+    for draw in (plots.sandwich, plots.sandwich_widths):
+        with pytest.raises(ValueError, match="of the same simulated rows"):
+            draw(found | {5: other})
+        with pytest.raises(ValueError, match="results: expected at least one result; got none"):
+            draw({})
+        with pytest.raises(ValueError, match="results: expected positive numbers as keys; got 0"):
+            draw({0: found[10]})
+    with pytest.raises(ValueError, match="estimates: expected at least one"):
+        plots.evidence_bounds({"ais": {}}, label="T")
+    with pytest.raises(ValueError, match=r"of the same rows; got \[2, 3\] rows"):
+        plots.evidence_bounds(
+            {"a": {1: found[10].lower}, "b": {1: annealed([0.0, 1.0])}}, label="T"
+        )
+
+
 # --- Images ------------------------------------------------------------------------------------
 
 
@@ -590,11 +870,22 @@ def test_sizes_and_labels_are_checked(vae: SimpleNamespace) -> None:
 
 # --- All of them -------------------------------------------------------------------------------
 
+RUN = run_of([5.0, 3.0, 4.0, 2.0])
 EVERY: dict[str, Callable[[SimpleNamespace, SimpleNamespace, Any], Any]] = {
     "toy_posterior": lambda t, v, ax: plots.toy_posterior(t.x, t.guide, t.comparison.local, ax=ax),
     "gap_against": lambda t, v, ax: plots.gap_against(t.comparison, t.x, label="x", ax=ax),
     "gap_bars": lambda t, v, ax: plots.gap_bars(t.comparison, ax=ax),
     "gap_sorted": lambda t, v, ax: plots.gap_sorted(t.comparison, ax=ax),
+    "break_even": lambda t, v, ax: plots.break_even(ledger(), ax=ax),
+    "elbo_against_time": lambda t, v, ax: plots.elbo_against_time(timed(), ax=ax),
+    "losses": lambda t, v, ax: plots.losses({"one": RUN, "other": RUN}, ax=ax),
+    "pareto_k_sorted": lambda t, v, ax: plots.pareto_k_sorted(t.several, ax=ax),
+    "pareto_k_against": lambda t, v, ax: plots.pareto_k_against(t.comparison, ax=ax),
+    "evidence_bounds": lambda t, v, ax: plots.evidence_bounds(
+        {"ais": {n: each.lower for n, each in sandwiches().items()}}, label="temperatures", ax=ax
+    ),
+    "sandwich": lambda t, v, ax: plots.sandwich(sandwiches(), ax=ax),
+    "sandwich_widths": lambda t, v, ax: plots.sandwich_widths(sandwiches(), ax=ax),
     "explanation": lambda t, v, ax: plots.explanation(EXPLANATION, ax=ax),
     "repair_costs": lambda t, v, ax: plots.repair_costs(COSTS, ax=ax),
     "refinement": lambda t, v, ax: plots.refinement(refined(), MEASURED, ax=ax),
@@ -620,7 +911,10 @@ each_plot = pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY.keys())
 
 
 def test_every_public_function_is_in_the_list() -> None:
-    rooms = ("calibration", "collapse", "gaps", "gradients", "images", "mending", "toy")
+    rooms = (
+        *("bounds", "calibration", "collapse", "costs", "fitting", "gaps", "gradients"),
+        *("images", "mending", "toy", "weights"),
+    )
     drawing = [getattr(plots, room) for room in rooms]
     public = {
         name
@@ -632,6 +926,136 @@ def test_every_public_function_is_in_the_list() -> None:
     }
     assert public == set(plots.__all__)
     assert public == set(EVERY)
+
+
+# Drawn on a sheet, whose axes count pixels.
+SHEETS = ("samples", "reconstructions", "interpolation", "traversals", "latent_grid")
+# What is measured or counted, and numbers without a unit.
+UNIT = re.compile(r"nats|\(s\)|seconds|%|share|number of data|posterior sd|step|rank|temperatures")
+PURE = {
+    *("x", "latent z", "density", "mean of $z_1$", "mean of $z_2$", "Pareto k-hat of the weights"),
+    "contraction (1 − posterior variance / prior variance)",
+    "cost of a draw (Trace_ELBO: 1)",
+    "variance of the gradient, guide\n(± 2 standard errors)",  # that of each parameter, squared
+}
+
+
+def are_names(axis: Any) -> bool:
+    """Whether an axis has words for ticks, which say what it holds."""
+    texts = [tick.get_text() for tick in axis.get_ticklabels()]
+    return any(re.search("[a-zA-Z]{2}", text) for text in texts if "math" not in text)
+
+
+def looks(ax: Any) -> list[tuple[Any, Any]]:
+    """Colour of each line, set of points and bar, and all else that tells it apart."""
+    out = []
+    for line in ax.lines:
+        marker = line.get_marker()
+        if marker in ("_", "|") or (len(line.get_xdata()) < 2 and marker == "None"):
+            continue  # the end of a whisker
+        # Of a custom dash the public name is that of a plain one.
+        dash = None if line.get_linestyle() == "None" else repr(line._unscaled_dash_pattern)
+        if line.get_linewidth() <= 1 and (marker == "None" or not marker):
+            continue  # an axis or a level, which has its name beside it
+        fill = line.get_fillstyle(), line.get_markerfacecolor() == "white"
+        out.append((to_hex(line.get_color()), (dash, marker, fill)))
+    for points in ax.collections:
+        if isinstance(points, PathCollection):
+            filled = bool(len(points.get_facecolor()))
+            colour = points.get_facecolor() if filled else points.get_edgecolor()
+            shape = points.get_paths()[0].vertices.tobytes()
+            out.append((to_hex(colour[0]), (shape, filled)))
+    for bar in ax.patches:
+        if isinstance(bar, Rectangle) and bar.get_width() * bar.get_height():
+            out.append((to_hex(bar.get_edgecolor()), bar.get_hatch()))
+    return out
+
+
+def covered(ax: Any, frame: Any) -> list[Any]:
+    """Lines and points that a frame lies upon."""
+    out = []
+    for line in ax.lines:
+        path = line.get_transform().transform_path(line.get_path()).interpolated(10)
+        drawn = [at for at in path.vertices if ax.bbox.contains(*at)]
+        out += [line for at in drawn if frame.contains(*at)]
+    for points in ax.collections:
+        if isinstance(points, PathCollection):
+            where = points.get_offset_transform().transform(points.get_offsets())
+            out += [points for at in where if frame.contains(*at)]
+    out += [bar for bar in ax.patches if frame.overlaps(bar.get_window_extent())]
+    return out
+
+
+def check_look(name: str, ax: Any) -> None:
+    """Axes with units, nothing told apart by colour alone, and no text on data or cut off."""
+    ax.figure.canvas.draw()
+    for axis in (ax.xaxis, ax.yaxis):
+        label = axis.label.get_text()
+        if name not in SHEETS and not are_names(axis):
+            assert label in PURE or UNIT.search(label), (name, label)
+    found = looks(ax)
+    for (one, look), (other, its_look) in itertools.combinations(found, 2):
+        assert one == other or look != its_look, (name, look)
+    legend = ax.get_legend()
+    if legend is not None:
+        assert not covered(ax, legend.get_window_extent()), name
+    page = ax.figure.bbox
+    for text in ax.figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip() and text.get_in_layout():
+            assert text.get_fontsize() >= 8, (name, text)
+    frame = ax.get_tightbbox()
+    assert frame.x0 > page.x0 - 1, name
+    assert frame.y0 > page.y0 - 1, name
+    assert frame.x1 < page.x1 + 1, name
+    assert frame.y1 < page.y1 + 1, name
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_all_plots_have_one_look(name: str, toy: SimpleNamespace, vae: SimpleNamespace) -> None:
+    check_look(name, EVERY[name](toy, vae, None))
+
+
+def test_the_check_of_the_look_finds_what_it_looks_for() -> None:
+    def drawn(**other: Any) -> Any:
+        ax = plt.subplots(figsize=(3, 2), layout="constrained")[1]
+        ax.plot([0, 1, 2], color="red", linewidth=2, label="one")
+        ax.plot([1, 2, 3], color="blue", linewidth=2, label="other", **other)
+        ax.set_xlabel("step")
+        ax.set_ylabel("ELBO (nats per datum)")
+        return ax
+
+    check_look("", drawn(linestyle="--"))
+    with pytest.raises(AssertionError, match="None"):  # the marker that both have
+        check_look("", drawn())
+    for change in (
+        lambda ax: ax.set_ylabel("ELBO"),
+        lambda ax: ax.set_xlabel("step", fontsize=6),
+        lambda ax: ax.legend(loc="upper right", borderpad=4),
+        lambda ax: ax.annotate("cut off", (1, 1), xytext=(3, 1), textcoords="axes fraction"),
+    ):
+        ax = drawn(linestyle="--")
+        change(ax)
+        ax.figure.set_layout_engine("none")
+        with pytest.raises(AssertionError):
+            check_look("", ax)
+
+
+@pytest.mark.parametrize("row", range(len(ROWS)))
+@pytest.mark.parametrize("width", [4.5, 5.5])
+def test_the_legend_of_the_toy_covers_no_density(
+    toy: SimpleNamespace, row: int, width: float
+) -> None:
+    ax = plt.subplots(figsize=(width, 3.8), layout="constrained")[1]
+    plots.toy_posterior(toy.x, toy.guide, toy.comparison.local, row=row, ax=ax)
+    check_look("toy_posterior", ax)
+
+
+def test_seven_sites_are_told_apart_without_colour() -> None:
+    names = tuple("abcdefg")
+    kl = [kl_of([float(i + t) for i in range(7)], names) for t in range(1, 4)]
+    ax = plots.element_kl(kl, [0, 1, 2])
+    assert len({look for _, look in looks(ax)}) == 7
+    check_look("element_kl", ax)
 
 
 @each_plot

@@ -48,7 +48,7 @@ _MODES: dict[str, dict[str, Any]] = {
     },
 }
 # How far down the axis goes, in distances of the worst end from the best one; and at least, nats.
-_DOWN, _LEAST = 8.0, 0.05
+_DOWN, _LEAST = 8.0, 0.5
 
 
 def break_even(costs: Comparison | RepairCosts, *, ax: Axes | None = None) -> Axes:
@@ -152,6 +152,9 @@ def elbo_against_time(result: ElboAgainstTime, *, ax: Axes | None = None) -> Axe
         result: What `ppvae.elbo_against_time` measured.
         ax: Where to draw; a new figure if left out.
 
+    Raises:
+        ValueError: If no ELBO is finite.
+
     Example:
         >>> import ppvae
         >>> model, guide = ppvae.pairs.factor_analysis(x_dim=3, z_dim=1)
@@ -162,10 +165,15 @@ def elbo_against_time(result: ElboAgainstTime, *, ax: Axes | None = None) -> Axe
         ('wall time (s)', 'log')
     """
     ds, attrs = result.dataset, result.dataset.attrs
+    finite = np.isfinite(ds["elbo"].values)
+    if not finite.any():
+        raise ValueError(
+            "result: no ELBO is finite; the guide draws outside of the prior's support."
+        )
     ax = axes_or_new(ax, 5.8, 4.2)
     ax.set_xscale("log")
     for mode, style in _MODES.items():
-        own = ds.isel(point=ds["mode"].values == mode)
+        own = ds.isel(point=(ds["mode"].values == mode) & finite)
         seconds, elbo, error = (own[name].values for name in ("seconds", "elbo", "elbo_stderr"))
         ax.errorbar(
             seconds,
@@ -177,14 +185,19 @@ def elbo_against_time(result: ElboAgainstTime, *, ax: Axes | None = None) -> Axe
         )
         rising = _rising(seconds, elbo)
         ax.plot(seconds[rising], elbo[rising], markersize=4.5, linewidth=1.4, **style)
-    ends = [float(ds["elbo"].values[ds["mode"].values == mode][-1]) for mode in _MODES]
-    levels = {"L[q*]": ends[1]}
+    last = {mode: float(ds["elbo"].values[ds["mode"].values == mode][-1]) for mode in _MODES}
+    ends = [value for value in last.values() if math.isfinite(value)]
+    levels = {"L[q*]": last["per datapoint"]} if math.isfinite(last["per datapoint"]) else {}
     if math.isfinite(attrs["evidence"]):
         levels["log p(x)"] = attrs["evidence"]
-    ax.axhline(levels["L[q*]"], color=GREY, linewidth=1, linestyle=(0, (6, 3)), zorder=0)
-    if "log p(x)" in levels:
-        ax.axhline(levels["log p(x)"], color=BLACK, linewidth=1, zorder=0)
-    _upper_part(ax, ds["seconds"].values, ds["elbo"].values, ends, list(levels.values()))
+    looks: dict[str, dict[str, Any]] = {
+        "L[q*]": {"color": GREY, "linestyle": (0, (6, 3))},
+        "log p(x)": {"color": BLACK},
+    }
+    for name, height in levels.items():
+        ax.axhline(height, linewidth=1, zorder=0, **looks[name])
+    shown = ds.isel(point=finite)
+    _upper_part(ax, shown["seconds"].values, shown["elbo"].values, [*ends, *levels.values()])
     ax.set_xlabel("wall time (s)")
     ax.set_ylabel(
         f"ELBO of {attrs['rows']:,} held-out rows\n± 2 Monte Carlo errors (nats per datum)"
@@ -192,7 +205,7 @@ def elbo_against_time(result: ElboAgainstTime, *, ax: Axes | None = None) -> Axe
     styled(ax, legend=False)
     legend_above(ax)
     settle(ax)
-    points = np.column_stack([ds["seconds"].values, ds["elbo"].values])
+    points = np.column_stack([shown["seconds"].values, shown["elbo"].values])
     labels = Labels(ax, points, [np.column_stack([ax.get_xlim(), (h, h)]) for h in levels.values()])
     for name, height in levels.items():
         labels.on_line(height, name)
@@ -206,13 +219,10 @@ def _rising(seconds: Any, elbo: Any) -> Any:
     return order[elbo[order] >= best]
 
 
-def _upper_part(
-    ax: Axes, seconds: Any, values: Any, ends: list[float], levels: list[float]
-) -> None:
-    """Limits that hold all ends and levels, and of the way to them what still tells them apart."""
-    top, bottom = max(*ends, *levels), min(ends)
-    span = max(top - bottom, _LEAST / _DOWN)
-    low = max(float(values[np.isfinite(values)].min()), top - _DOWN * span)
-    shown = seconds[values >= low]
-    ax.set_xlim(shown.min() / 2, shown.max() * 2)
+def _upper_part(ax: Axes, seconds: Any, elbo: Any, ends: list[float]) -> None:
+    """Limits that hold all ends, and of the way to them what still tells them apart."""
+    top = max([*ends, float(elbo.max())])
+    span = max(top - min(ends, default=top), _LEAST / _DOWN)
+    low = max(float(elbo.min()), top - _DOWN * span)
     ax.set_ylim(low - 0.05 * (top - low), top + 0.12 * (top - low))
+    ax.set_xlim(seconds[elbo >= low].min() / 2, seconds[elbo >= low].max() * 2)

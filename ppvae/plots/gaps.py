@@ -23,7 +23,7 @@ _GAPS: dict[str, dict[str, Any]] = {
 }
 
 
-def of_guide(comparison: Comparison, guide: str | None) -> xarray.Dataset:
+def _of_guide(comparison: Comparison, guide: str | None) -> xarray.Dataset:
     """The ledger of one guide: its gaps over ``data`` alone."""
     name = comparison.guide_name(guide)
     return comparison.dataset.sel(guide=name) if comparison.several else comparison.dataset
@@ -118,7 +118,7 @@ def gap_against(
         >>> ax.get_ylabel()
         'gap ± 2 Monte Carlo errors (nats)'
     """
-    dataset = of_guide(comparison, guide)
+    dataset = _of_guide(comparison, guide)
     where = torch.as_tensor(covariate).detach().cpu().double().numpy()
     expected = (dataset.sizes["data"],)
     if where.shape != expected:
@@ -166,7 +166,7 @@ def gap_sorted(comparison: Comparison, *, guide: str | None = None, ax: Axes | N
         >>> len(ax.lines[0].get_xdata())
         3
     """
-    dataset = of_guide(comparison, guide)
+    dataset = _of_guide(comparison, guide)
     ax = axes_or_new(ax, 5.5, 3.8)
     for gap, style in _GAPS.items():
         value = dataset[f"{gap}_gap"].values

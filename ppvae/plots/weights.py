@@ -8,7 +8,6 @@ import numpy as np
 
 from ppvae.diagnostics import WeightDiagnostics
 from ppvae.ledger import Comparison
-from ppvae.plots.gaps import of_guide
 from ppvae.plots.style import (
     BLACK,
     LINES,
@@ -103,7 +102,7 @@ def pareto_k_against(
     name = comparison.guide_name(guide)
     curves, threshold, draws = _curves(comparison, name)
     (k,) = curves.values()
-    ds = of_guide(comparison, guide)
+    ds = comparison.dataset.sel(guide=name) if comparison.several else comparison.dataset
     gap, error = ds["inference_gap"].values, ds["inference_gap_stderr"].values
     shown = np.isfinite(k) & np.isfinite(gap)
     ax = axes_or_new(ax, 5.5, 3.8)
