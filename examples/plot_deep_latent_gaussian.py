@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import ppvae
-from ppvae import pairs
+from ppvae import pairs, plots
 from ppvae.alternating import fit_alternating
 from ppvae.families import DiagonalNormal
 from ppvae.isolation import forked_rng, private_store
@@ -84,26 +84,15 @@ for way, train, steps in (("amortized", amortized, 250), ("alternation", alterna
 # %%
 # The curves
 # ----------
-# The ELBO of each minibatch at the time of its step, averaged over a tenth of the steps. For the
-# alternation it is that after the local step.
+# The loss of each minibatch, an estimate of −ELBO, at the time of its step, as a mean over a tenth
+# of the steps. For the alternation it is that after the local step.
 
-
-def smooth(values):
-    """The mean of each tenth of the values, moving."""
-    width = max(1, len(values) // 10)
-    return values.unfold(0, width, 1).mean(dim=-1)
-
-
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
 for ax, size in zip(axes, (SMALL, LARGE), strict=True):
-    for way, style in (("amortized", "-"), ("alternation", "--")):
-        run = runs[way, size]
-        curve = smooth(-run.losses)
-        ax.plot(run.elapsed[-len(curve) :], curve, color="0.2", linestyle=style, label=way)
+    ways = {way: runs[way, size] for way in ("amortized", "alternation")}
+    shortest = min(len(run.losses) for run in ways.values())
+    plots.losses(ways, against="time", window=max(1, shortest // 10), ax=ax)
     ax.set_title(f"N = {size}")
-    ax.set_xlabel("wall time (s)")
-axes[0].set_ylabel("ELBO (nats per datum)")
-axes[0].legend(frameon=False, loc="lower right")
 plt.show()
 
 # %%

@@ -40,11 +40,8 @@ fit = ppvae.fit(
 )
 print(fit)
 
-# The loss of each minibatch.
-figure, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
-ax.plot(torch.arange(1, fit.steps + 1), fit.losses, color="0.3", linewidth=0.4)
-ax.set_xlabel("step")
-ax.set_ylabel("−ELBO (nats per datum)")
+# The loss, an estimate of −ELBO, of each minibatch and as a running mean.
+plots.losses(fit)
 
 # %%
 # What the model draws

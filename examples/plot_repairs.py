@@ -12,10 +12,8 @@ it is of any use, and then each further datum costs next to nothing. From some n
 that pays, and this number can be measured.
 """
 
-import math
 import os
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 import ppvae
@@ -81,35 +79,16 @@ def seconds(repair: str, count: np.ndarray) -> np.ndarray:
     return price["seconds_fixed"][repair] + count * price["seconds_per_row"][repair]
 
 
-count = np.logspace(0, 6, 200)
-encoding = attrs["seconds_encoding_fixed"] + count * attrs["seconds_encoding_per_row"]
-ways = {
-    "q* of each datum, cold start": (seconds(cold, count), "#D55E00", "-"),
-    "training, then encoding": (attrs["seconds_training"] + encoding, "#0072B2", "--"),
-    "training, then 4 steps of refinement": (
-        attrs["seconds_training"] + seconds(refined, count),
-        "#000000",
-        "-.",
-    ),
-}
-figure, ax = plt.subplots(figsize=(6, 4.2), layout="constrained")
-for label, (spent, color, style) in ways.items():
-    ax.loglog(count, spent, label=label, color=color, linestyle=style)
-even = attrs["break_even"]
-if math.isfinite(even) and even > 1:
-    level = attrs["seconds_training"] + attrs["seconds_encoding_fixed"]
-    ax.plot(even, level + even * attrs["seconds_encoding_per_row"], "o", color="#0072B2")
-    ax.annotate(
-        f"break-even:\n{even:,.0f} data",
-        (even, level),
-        xytext=(12, -14),
-        textcoords="offset points",
-        va="top",
-    )
-ax.set_xlabel("number of data")
-ax.set_ylabel("seconds")
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False, fontsize="small")
+ax = plots.break_even(costs)
+count = np.geomspace(*ax.get_xlim(), 200)
+ax.plot(
+    count,
+    attrs["seconds_training"] + seconds(refined, count),
+    color="black",
+    linestyle="-.",
+    label="training, then 4 steps of refinement",
+)
+ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1))
 
 # %%
 # Below the break-even the encoder is not worth its training; far above it the price of amortization

@@ -14,16 +14,15 @@ Here it is done for factor analysis, whose evidence is known: one sees what is t
 
 import os
 
-import matplotlib.pyplot as plt
 import torch
 
 import ppvae
+from ppvae import plots
 from ppvae.families import DiagonalNormal
 from ppvae.isolation import forked_rng
 from ppvae.models import FactorAnalysis
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7f7f7f"
 
 # %%
 # Twenty latents that are correlated, and a guide that takes them for independent
@@ -61,20 +60,12 @@ found = {
     "annealing from the prior": annealed(None),
 }
 
-figure, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
-for (name, estimates), color, marker in zip(
-    found.items(), (GREY, BLUE, ORANGE), ("s", "o", "^"), strict=True
-):
-    means = [each.mean - exact for each in estimates]
-    errors = [2 * each.mean_stderr for each in estimates]
-    ax.errorbar(evaluations, means, errors, label=name, color=color, marker=marker, capsize=3)
-ax.axhline(0, color="black", linewidth=0.8)
+ax = plots.evidence_bounds(
+    {name: dict(zip(evaluations, each, strict=True)) for name, each in found.items()},
+    label="evaluations a row",
+    exact=exact,
+)
 ax.set_ylim(-1.4, 0.2)  # The shortest run from the prior is far below.
-ax.set_xscale("log")
-ax.set_xlabel("evaluations a row")
-ax.set_ylabel("estimate less exact log p(x)\n± 2 standard errors (nats per datum)")
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False, fontsize="small", loc="lower right")
 
 for name, estimates in found.items():
     short = exact - estimates[-1].mean
@@ -91,33 +82,20 @@ for name, estimates in found.items():
 # the two bounds, their *width*, is in expectation at least the error of either. It falls as 1/T.
 
 counts = [20, 40] if QUICK else [25, 50, 100, 200]
-both = [
-    ppvae.sandwich(model, None, x.new_zeros(20 if QUICK else 150, 40), num_chains=4, num_steps=t)
+both = {
+    t: ppvae.sandwich(model, None, x.new_zeros(20 if QUICK else 150, 40), num_chains=4, num_steps=t)
     for t in counts
-]
-for each in both:
-    print(each)
+}
+for t, each in both.items():
+    print(f"T = {t:3}: {each}; T x width = {t * each.width:.3g} ± {t * each.width_stderr:.2g}")
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
-left.plot(counts, [each.upper.mean for each in both], color=ORANGE, marker="v", label="upper")
-left.plot(counts, [each.lower.mean for each in both], color=BLUE, marker="^", label="lower")
-truth = float(model.log_evidence(both[0].x).detach().mean())
-left.axhline(truth, color=GREY, linestyle=":", label="exact")
-left.set_ylabel("log p(x) of simulated data\n(nats per datum)")
-widths = [each.width for each in both]
-errors = [2 * each.width_stderr for each in both]
-right.errorbar(counts, widths, errors, color=GREEN, marker="o", capsize=3, linestyle="none")
-share = sum(widths) / sum(1 / t for t in counts)
-right.plot(counts, [share / t for t in counts], color=GREY, linestyle="--", label="1/T")
-right.axhline(0, color="black", linewidth=0.8)
-right.set_ylabel("width ± 2 standard errors\n(nats per datum)")
-for ax in (left, right):
-    ax.set_xscale("log")
-    ax.set_xticks(counts, [str(t) for t in counts])
-    ax.minorticks_off()
-    ax.set_xlabel("temperatures T")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+truth = model.log_evidence(both[counts[0]].x)
+plots.sandwich(both, exact=truth)
+
+# %%
+# The same row by row: which rows would need more temperatures than others?
+
+plots.sandwich_widths(both)
 
 # %%
 # What to trust

@@ -83,14 +83,7 @@ for name, make in {
         f"{seconds:5.1f} ms a step"
     )
 
-figure, ax = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
-for (name, fit), style in zip(fits.items(), [":", "--", "-"], strict=True):
-    window = min(20, fit.steps)
-    smooth = -fit.losses.unfold(0, window, 1).mean(-1)
-    ax.plot(torch.arange(window, fit.steps + 1), smooth, style, color="0.1", label=name)
-ax.set_xlabel("step")
-ax.set_ylabel("ELBO (nats per datum),\nmean of 20 minibatches")
-ax.legend(frameon=False)
+plots.losses(fits, window=20)
 
 # %%
 # Without a baseline the encoder wanders. With one, training follows the exact sum at a distance of

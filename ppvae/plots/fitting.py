@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ppvae.alternating import Alternation
 from ppvae.plots.style import LINES, MANY, axes_or_new, legend_below, styled
 from ppvae.training import Fit
 
@@ -18,7 +19,7 @@ _SMOOTHED = 0.02
 
 
 def losses(
-    fits: Fit | Mapping[str, Fit],
+    fits: Fit | Alternation | Mapping[str, Fit | Alternation],
     *,
     against: Literal["step", "time"] = "step",
     window: int | None = None,
@@ -30,8 +31,8 @@ def losses(
     behind it, as far as they lie within the limits of the mean.
 
     Args:
-        fits: What `ppvae.fit` gave; or several by name.
-        against: Steps, or seconds since the call of `ppvae.fit`.
+        fits: What `ppvae.fit` or `ppvae.fit_alternating` gave; or several by name.
+        against: Steps, or seconds since the call.
         window: Steps of the mean; a fiftieth of the shortest run if left out.
         ax: Where to draw; a new figure if left out.
 
@@ -46,7 +47,7 @@ def losses(
         >>> ax.get_ylabel()
         'loss, mean of 10 steps (nats per datum)'
     """
-    runs: dict[str, Fit] = {"": fits} if isinstance(fits, Fit) else dict(fits)
+    runs = dict(fits) if isinstance(fits, Mapping) else {"": fits}
     if not runs or not all(len(run.losses) for run in runs.values()):
         raise ValueError("fits: expected at least one run, each with at least one step.")
     if against not in ("step", "time"):
