@@ -142,7 +142,9 @@ def test_the_digits_vae_has_both_gaps():
     not_below_zero(comparison)
     assert float(ds["converged"].mean()) > 0.95
     assert float(ds["log_evidence"].mean()) > -25  # An independent-pixel model has about −30.
-    assert ds.attrs["break_even"] > 0
+    a = ds.attrs
+    saved = a["seconds_local_fit"] - a["seconds_encoding"]
+    assert a["break_even"] == pytest.approx(a["seconds_training"] * len(test) / saved)
     text = str(comparison)
     for words in ("297 data", "approximation", "amortization", "a lower bound", "q* converged in"):
         assert words in text

@@ -148,7 +148,7 @@ class WithBareParameter(PyroModule):
 
     def forward(self, x: torch.Tensor) -> None:
         """Draw z."""
-        scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+        scale = pyro.param("scale", x.new_ones(2), constraint=dist.constraints.positive)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(self.layer(x), scale).to_event(1))
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_measured_is_refused(case: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="guide: a PerDatapoint guide keeps"):
         run(PerDatapoint(DiagonalNormal(2), 30))
     with pytest.raises(ValueError, match=r"expected parameters in modules.*\['scale'\]"):
-        run(WithBareParameter())
+        run(WithBareParameter().to(case.x))
     with pytest.raises(ValueError, match=r"figure for each of the 30 rows of x; got shape \(2,\)"):
         run(case.guide, evidence=ppvae.Estimate(torch.zeros(2), torch.zeros(2), "exact", "exact"))
     with pytest.raises(ValueError, match="steps must be at least 1; got 0"):

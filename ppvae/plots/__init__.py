@@ -4,6 +4,15 @@ A figure is as wide as its axes and has no title of its own where the caller can
 differ in style and marks in shape, so that nothing rests on colour alone; the colours are those of
 Okabe & Ito (2008), which colour-blind readers can tell apart. Matplotlib's settings stay as they
 are.
+
+- *What inference loses*: `gap_bars`, `gap_sorted`, `gap_against`, `explanation`; for the toy model
+  `toy_posterior`.
+- *What it costs*: `break_even`, `elbo_against_time`, `repair_costs`, `refinement`, `losses`,
+  `gradient_variance`.
+- *How far to trust it*: `pareto_k_sorted`, `pareto_k_against`, `evidence_bounds`, `sandwich`,
+  `sandwich_widths`, `rank_ecdf`, `coverage`, `z_scores`.
+- *What the latents hold*: `element_kl`, `latent_scatter`, `latent_grid`, `traversals`,
+  `interpolation`, `reconstructions`, `samples`.
 """
 
 from ppvae.plots.bounds import evidence_bounds, sandwich, sandwich_widths
