@@ -98,7 +98,8 @@ def compare(
             latent sites a mapping by site for each.
         fit: The record of a single guide's training: its seconds give the break-even, the number
             of data from which on training and encoding cost less than fitting q* for each, at the
-            speed per row of this call's batch.
+            speed per row of this call's batch (``seconds_encoding`` and ``seconds_local_fit`` are
+            those of all rows).
         num_samples: Draws per row and guide for the ELBOs.
         evidence_samples: Draws per row and guide for an importance-weighted evidence.
         evidence: log p(x) of these rows under this model, found beforehand, as by
