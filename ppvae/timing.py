@@ -43,7 +43,7 @@ class ElboAgainstTime:
             ``"amortized"``, ``"per datapoint"`` (cold) and ``"from the encoder"`` (per datapoint,
             after the whole training). Attributes: ``rows``, ``rows_trained_on``,
             ``seconds_encoding`` of all rows, ``evidence`` and ``evidence_stderr`` (NaN where it is
-            not known), ``evidence_kind``, ``converged`` (the share of rows in which the last cold
+            not known), ``evidence_bound`` (``"exact"``, or its side), ``converged`` (the share of rows in which the last cold
             fit was), ``family``, ``num_samples``, ``seed`` and ``status``.
     """
 
@@ -59,7 +59,8 @@ class ElboAgainstTime:
                 f"{float(last['seconds']):.3g} s"
             )
         if math.isfinite(ds.attrs["evidence"]):
-            lines.append(f"  {'log p(x)':<18}{ds.attrs['evidence']:10.4f}")
+            side = {"lower": " ≥", "upper": " ≤"}.get(ds.attrs["evidence_bound"], "")
+            lines.append(f"  {'log p(x)' + side:<18}{ds.attrs['evidence']:10.4f}")
         return "\n".join([*lines, ds.attrs["status"]])
 
 
@@ -280,12 +281,12 @@ def _dataset(
     import xarray
 
     known = (
-        {"evidence": math.nan, "evidence_stderr": math.nan, "evidence_kind": "unknown"}
+        {"evidence": math.nan, "evidence_stderr": math.nan, "evidence_bound": "unknown"}
         if evidence is None
         else {
             "evidence": evidence.mean,
             "evidence_stderr": evidence.mean_stderr,
-            "evidence_kind": evidence.method,
+            "evidence_bound": evidence.bound,
         }
     )
     out = xarray.Dataset(

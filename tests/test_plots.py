@@ -546,7 +546,7 @@ POINTS = [
 ]
 
 
-def timed(evidence: float = -1.5) -> ppvae.ElboAgainstTime:
+def timed(evidence: float = -1.5, bound: str = "exact") -> ppvae.ElboAgainstTime:
     columns = zip(*POINTS, strict=True)
     return ppvae.ElboAgainstTime(
         xarray.Dataset(
@@ -556,7 +556,7 @@ def timed(evidence: float = -1.5) -> ppvae.ElboAgainstTime:
                     ("mode", "elbo", "elbo_stderr", "seconds"), columns, strict=True
                 )
             },
-            attrs={"rows": 60, "evidence": evidence},
+            attrs={"rows": 60, "evidence": evidence, "evidence_bound": bound},
         )
     )
 
@@ -576,6 +576,8 @@ def test_elbos_stand_at_their_seconds() -> None:
     assert joined["amortized, while it trains"][1].tolist() == [-40.0, -3.0, -2.4]
     assert joined["per datapoint, cold"][1].tolist() == [-2.0]
     assert {text.get_text(): text.xy[1] for text in ax.texts} == {"L[q*]": -2.0, "log p(x)": -1.5}
+    bounded = plots.elbo_against_time(timed(bound="lower"), ax=axes())
+    assert {text.get_text() for text in bounded.texts} == {"L[q*]", "lower bound on log p(x)"}
     # Eight times the distance of the ends from the best: that of an untrained encoder is beyond.
     low, high = ax.get_ylim()
     assert -40 < low < -1.5 - 8 * 0.9

@@ -77,7 +77,7 @@ def test_fits_end_at_the_per_datapoint_optimum(case: SimpleNamespace, mode: str)
 
 def test_no_elbo_is_above_the_evidence(case: SimpleNamespace) -> None:
     ds = case.found.dataset
-    assert ds.attrs["evidence_kind"] == "exact"
+    assert ds.attrs["evidence_bound"] == "exact"
     exact = case.model.log_evidence(case.x).mean().detach()
     assert ds.attrs["evidence"] == pytest.approx(float(exact), rel=1e-6)
     assert (ds["elbo"] <= ds.attrs["evidence"] + 5 * ds["elbo_stderr"]).all()

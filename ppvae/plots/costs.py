@@ -189,13 +189,14 @@ def elbo_against_time(result: ElboAgainstTime, *, ax: Axes | None = None) -> Axe
     ends = [value for value in last.values() if math.isfinite(value)]
     levels = {"L[q*]": last["per datapoint"]} if math.isfinite(last["per datapoint"]) else {}
     if math.isfinite(attrs["evidence"]):
-        levels["log p(x)"] = attrs["evidence"]
-    looks: dict[str, dict[str, Any]] = {
-        "L[q*]": {"color": GREY, "linestyle": (0, (6, 3))},
-        "log p(x)": {"color": BLACK},
-    }
+        exact = attrs["evidence_bound"] == "exact"
+        evidence = "log p(x)" if exact else f"{attrs['evidence_bound']} bound on log p(x)"
+        levels[evidence] = attrs["evidence"]
     for name, height in levels.items():
-        ax.axhline(height, linewidth=1, zorder=0, **looks[name])
+        best = name == "L[q*]"
+        dash: Any = (0, (6, 3)) if best else "-"
+        color = GREY if best else BLACK
+        ax.axhline(height, linewidth=1, zorder=0, color=color, linestyle=dash)
     shown = ds.isel(point=finite)
     _upper_part(ax, shown["seconds"].values, shown["elbo"].values, [*ends, *levels.values()])
     ax.set_xlabel("wall time (s)")
