@@ -43,8 +43,9 @@ class ElboAgainstTime:
             ``"amortized"``, ``"per datapoint"`` (cold) and ``"from the encoder"`` (per datapoint,
             after the whole training). Attributes: ``rows``, ``rows_trained_on``,
             ``seconds_encoding`` of all rows, ``evidence`` and ``evidence_stderr`` (NaN where it is
-            not known), ``evidence_bound`` (``"exact"``, or its side), ``converged`` (the share of rows in which the last cold
-            fit was), ``family``, ``num_samples``, ``seed`` and ``status``.
+            not known), ``evidence_bound`` (``"exact"``, or its side), ``converged`` (the share of
+            rows in which the last cold fit was), ``family``, ``num_samples``, ``seed`` and
+            ``status``.
     """
 
     dataset: xarray.Dataset
