@@ -35,6 +35,7 @@ from ppvae.guides import PerDatapoint, read_params
 from ppvae.isolation import check_rows, forked_rng, modules_of, seconds_now, unvalidated
 from ppvae.ledger import Comparison
 from ppvae.local import fit_per_datapoint, flat_params
+from ppvae.markup import TextTable
 from ppvae.nn import MLP
 
 if TYPE_CHECKING:
@@ -84,24 +85,42 @@ class Explanation:
     seconds: float
 
     def __str__(self) -> str:
-        ds, total = self.dataset, float(self.dataset.attrs["amortization_gap"])
-        lines = [
-            f"Amortization gap of {total:.4f} nats a datum, by cause (± standard error over rows):",
-            "",
-        ]
+        total = float(self.dataset.attrs["amortization_gap"])
+        rows = [f"  {label:<15} {gap:>18}  {share:>5}" for label, gap, share in self._rows()]
+        return "\n".join(
+            [
+                f"Amortization gap of {total:.4f} nats a datum, by cause (± standard error over "
+                f"rows):",
+                "",
+                *(row.rstrip() for row in rows),
+                "",
+                *self.said(),
+            ]
+        )
+
+    def table(self) -> TextTable:
+        """The parts, their errors and their shares, in cells."""
+        return TextTable(("cause", "nats a datum", "of the gap"), self._rows())
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        ds, total, rows = self.dataset, float(self.dataset.attrs["amortization_gap"]), []
         for part in PARTS:
             value, error = (float(ds[v].sel(part=part)) for v in ("gap", "gap_stderr"))
-            share = f"{value / total:5.0%}" if total > 0 else ""
+            share = f"{value / total:.0%}" if total > 0 else ""
             label, value = part.replace("_", " "), round(value, 4) + 0.0
             if part == "missing_inputs" and ds.attrs["sees_all_inputs"]:
                 label = "not learned"
-            lines.append(f"  {label:<15} {value:9.4f} ± {error:.4f}  {share}")
-        lines += ["", self.sentence(), *([self.status] if self.status else [])]
-        lines.append(
-            f"Measured on {ds.attrs['rows_measured']} training rows that the repairs did not see, "
-            f"and as many that they saw; {self.seconds:.0f} s."
-        )
-        return "\n".join(lines)
+            rows.append((label, f"{value:.4f} ± {error:.4f}", share))
+        return rows
+
+    def said(self) -> list[str]:
+        """The cause and its repair, what limits the answer, and what it was measured on."""
+        return [
+            self.sentence(),
+            *([self.status] if self.status else []),
+            f"Measured on {self.dataset.attrs['rows_measured']} training rows that the repairs did "
+            f"not see, and as many that they saw; {self.seconds:.0f} s.",
+        ]
 
     def sentence(self) -> str:
         """The cause and its repair in words."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +15,18 @@ from torch import Tensor
 from ppvae.density import Program
 from ppvae.evidence import Estimate
 from ppvae.local import LocalFit
+from ppvae.markup import Cell, TextTable, card
 
 if TYPE_CHECKING:
     import xarray
+
+    from ppvae.pages import Result
 
 GAPS = ("approximation_gap", "amortization_gap", "inference_gap")
 # Nats: smaller gaps are rounding, and no reader's business.
 _NEGLIGIBLE = 1e-4
 _WORST = 5
+_WIDE = ("guide", "family", "ELBO", "approximation", "amortization", "total", "active")
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,23 @@ class Comparison:
             raise ValueError(f"guide: expected one of {names}; got {guide!r}.")
         return guide
 
-    def worst(self, count: int = _WORST) -> Tensor:
+    def worst(self, count: int = _WORST, guide: str | None = None) -> Tensor:
         """The numbers of the rows with the largest inference gap, the largest first.
 
         Args:
-            count: How many; of several guides the first is meant.
+            count: How many.
+            guide: Under which guide, a value of ``dataset["guide"]`` where the gaps are over it;
+                the first if left out.
+
+        Raises:
+            ValueError: If the name is unknown.
         """
         gap = self.dataset["inference_gap"]
-        values = gap.isel(guide=0).values if self.several else gap.values
+        if guide is not None:
+            self._check_names(guide)
+        if self.several:
+            gap = gap.isel(guide=0) if guide is None else gap.sel(guide=guide)
+        values = gap.values
         return torch.as_tensor(np.argsort(-np.nan_to_num(values, nan=np.inf))[:count].copy())
 
     def verdict(self) -> str:
@@ -137,27 +151,87 @@ class Comparison:
             return _verdict(self, "amortized", repairs=True)
         return "\n".join(f"{name}: {_verdict(self, name)}" for name in self.guides)
 
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        image_shape: Sequence[int] | None = None,
+        results: Sequence[Result] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write a report: one page, with its figures in it, that asks nothing of the network.
+
+        It has the verdict, the table, figures of the gaps, the worst rows of each guide with their
+        own figures, what was checked, the settings and the seconds.
+
+        Args:
+            path: Where to write the page; a file that is there is replaced.
+            image_shape: Height and width, where each row is an image: the worst rows are then
+                shown, beside what a `VAE` makes of them where the guide is `Amortized`. Left out,
+                rows of shape ``(height, width)`` or ``(1, height, width)`` are images.
+            results: What was found of the causes and the prices: what `ppvae.explain` and
+                `ppvae.repair_costs` returned.
+            settings: Further settings that the page shall name.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: If the rows do not have as many elements as ``image_shape`` says.
+
+        Example:
+            >>> import tempfile, torch, ppvae
+            >>> comparison = ppvae.compare(*ppvae.pairs.exponential_gaussian(), torch.ones(3))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     comparison.to_html(f"{folder}/report.html").name
+            'report.html'
+        """
+        from ppvae.pages import write_page
+
+        return write_page(
+            path, self, image_shape=image_shape, results=results, settings=settings or {}
+        )
+
+    def _repr_html_(self) -> str:
+        return card(
+            self.heading(), [*self.alarms(), self.verdict(), *self.warnings()], self.table()
+        )
+
+    def heading(self) -> str:
+        """What the table is of, and in which unit."""
+        return f"Inference gap of {self.dataset.sizes['data']} data, in nats a datum"
+
+    def table(self) -> TextTable:
+        """The printed table, in cells: means ± Monte Carlo errors, and what is said of them."""
+        if self.several:
+            name, figures = self._evidence_cells()
+            first = [Cell(name.text, self.kind()), Cell(""), figures, *[Cell("")] * 4]
+            return TextTable(_WIDE, [first, *self._wide_rows()])
+        rows = [
+            (label, f"{side}{mean} ± {error}", sd, note)
+            for label, side, mean, error, sd, note in self._tall_rows()
+        ]
+        return TextTable(("", "mean ± error", "sd", ""), rows)
+
     def __str__(self) -> str:
-        ds, attrs = self.dataset, self.dataset.attrs
-        kind = {
+        table = self._wide() if self.several else self._tall()
+        lines = [f"{self.heading()}:", *table, "", *self._checked(), "", *self._worst_rows()]
+        alarms = self.alarms()
+        return "\n".join([*alarms, *([""] if alarms else []), *lines, self.verdict()])
+
+    def kind(self) -> str:
+        """How log p(x) was found, and what follows from that for the gaps."""
+        return {
             "exact": "closed form",
             "quadrature": "numerical integral",
             "enumeration": "sum over all values of the latent variables",
             "iwae": "importance-weighted: a lower bound, and so the approximation gap is one",
             "ais": "annealed: a lower bound, and so the approximation gap is one",
             "pooled": "each row as it takes: a lower bound, and so the approximation gap is one",
-        }[attrs["evidence_kind"]]
-        head = [
-            *self._collapse(),
-            f"Inference gap of {ds.sizes['data']} data, in nats a datum:",
-        ]
-        table = self._wide(kind) if self.several else self._tall(kind)
-        return "\n".join(
-            [*head, *table, "", *self._checked(), "", *self._worst_rows(), self.verdict()]
-        )
+        }[self.dataset.attrs["evidence_kind"]]
 
-    def _collapse(self) -> list[str]:
-        """A latent that nobody uses is said before any gap is praised."""
+    def alarms(self) -> list[str]:
+        """What makes a small gap no merit: a latent that nobody uses."""
         units, lines = self.dataset["active_units"], []
         total = self.dataset.attrs["latent_units"]
         free = [n for n in units["guide"].values if n not in self.guides]
@@ -175,71 +249,88 @@ class Comparison:
                     f"COLLAPSED: no latent dimension of {total} is active under {which}, which "
                     f"says the same of every datum; under q* {most:.0f} are."
                 )
-        return [*lines, ""] if lines else []
+        return lines
 
-    def _tall(self, kind: str) -> list[str]:
-        ds = self.dataset
-        rows = [
+    def _tall(self) -> list[str]:
+        lines = [
             "mean ± its Monte Carlo error, and the standard deviation (sd) over the data",
             "",
-            f"  log p(x)                    {self._cell('log_evidence')}   {kind}",
         ]
+        for label, side, mean, error, sd, note in self._tall_rows():
+            line = f"  {label:<25}{side:>3}{mean:>10} ± {error} (sd {sd})"
+            lines.append(f"{line}   {note}" if note else line)
+        return [*lines[:5], "", *lines[5:]]
+
+    def _tall_rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """Label, sign of a bound, mean, error, sd and note of each line."""
+        ds = self.dataset
+        rows = [("log p(x)", "", *self._figures("log_evidence"), self.kind())]
         for guide, label in (("per_datapoint", "best per datum, q*"), ("amortized", "your guide")):
-            rows.append(f"  ELBO, {label:<22}{self._cell('elbo', guide)}")
-        rows.append("")
+            rows.append((f"ELBO, {label}", "", *self._figures("elbo", guide), ""))
         for gap, label in zip(GAPS, ("approximation", "amortization", "total"), strict=True):
             count = _significant(ds[gap].values, ds[f"{gap}_stderr"].values)
-            side = _side(ds[f"{gap}_bound"].values)
-            rows.append(f"  gap, {label:<20}{side:>3}{self._cell(gap)}   {count}")
+            side = bound_sign(ds[f"{gap}_bound"].values)
+            rows.append((f"gap, {label}", side, *self._figures(gap), count))
         return rows
 
-    def _cell(self, name: str, guide: str | None = None) -> str:
+    def _figures(self, name: str, guide: str | None = None) -> tuple[str, str, str]:
+        """Mean, its error, and the standard deviation over the data."""
         value = self.dataset[name]
         mean, error = self.mean(name, guide)
-        if guide is not None:
+        if "guide" in value.dims:
             value = value.sel(guide=guide)
         mean = round(mean, 4) + 0.0  # No minus before a zero.
         with np.errstate(invalid="ignore"):  # A row without a finite ELBO leaves no sd.
-            return f"{mean:10.4f} ± {error:.4f} (sd {float(value.std(skipna=False)):.3f})"
+            return f"{mean:.4f}", f"{error:.4f}", f"{float(value.std(skipna=False)):.3f}"
 
-    def _wide(self, kind: str) -> list[str]:
-        ds = self.dataset
-        mean, error = self.mean("log_evidence")
-        lines = [
+    def _wide(self) -> list[str]:
+        evidence = self._evidence_cells()
+        rows = [_WIDE, *([cell.text for cell in row] for row in self._wide_rows())]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_WIDE))]
+        return [
             "mean ± its Monte Carlo error",
             "",
-            f"  log p(x)  {mean:.4f} ± {error:.4f}   {kind}",
+            f"  {evidence[0].text}  {evidence[1].text}   {self.kind()}",
             "",
+            *(
+                "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+                for row in rows
+            ),
         ]
-        header = ("guide", "family", "ELBO", "approximation", "amortization", "total", "active")
-        rows = [header]
-        for name in ds["guide"].values.tolist():
-            cells = [name, str(ds["family"].sel(guide=name).item())]
-            for column in ("elbo", *GAPS):
-                mean, error = self.mean(column, name)
-                side = (
-                    "" if column == "elbo" else _side(ds[f"{column}_bound"].sel(guide=name).values)
-                )
-                cells.append(f"{side}{round(mean, 4) + 0.0:.4f} ± {error:.4f}")
-            cells[4] = cells[4] if name in self.guides else "–"
-            units = float(ds["active_units"].sel(guide=name))
-            cells.append(f"{units:.0f} of {ds.attrs['latent_units']}")
-            rows.append(tuple(cells))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines += [
-            "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return lines
 
-    def _number(self, row: int) -> int:
-        """The number of a row, as its coordinate ``row`` has it where there is one."""
+    def _wide_rows(self) -> list[list[Cell]]:
+        """The line of each guide, with the spread over the data in the notes of its cells."""
+        ds, rows = self.dataset, []
+        for name in ds["guide"].values.tolist():
+            one = ds.sel(guide=name)
+            cells = [Cell(name), Cell(str(one["family"].item()))]
+            for column in ("elbo", *GAPS):
+                mean, error, sd = self._figures(column, name)
+                if column == "elbo":
+                    cells.append(Cell(f"{mean} ± {error}", f"sd {sd}"))
+                elif column == "amortization_gap" and name not in self.guides:
+                    cells.append(Cell("–"))
+                else:
+                    side = bound_sign(one[f"{column}_bound"].values)
+                    count = _significant(one[column].values, one[f"{column}_stderr"].values)
+                    cells.append(Cell(f"{side}{mean} ± {error}", f"sd {sd}; {count}"))
+            units = float(one["active_units"])
+            cells.append(Cell(f"{units:.0f} of {ds.attrs['latent_units']}"))
+            rows.append(cells)
+        return rows
+
+    def _evidence_cells(self) -> tuple[Cell, Cell]:
+        mean, error, sd = self._figures("log_evidence")
+        return Cell("log p(x)"), Cell(f"{mean} ± {error}", f"sd {sd}")
+
+    def number(self, row: int) -> int:
+        """The number of a row, as the data set's coordinate ``row`` has it where there is one."""
         return int(self.dataset["row"][row]) if "row" in self.dataset.coords else row
 
     def _worst_rows(self) -> list[str]:
         ds = self.dataset.isel(guide=0) if self.several else self.dataset
         rows = [
-            f"{self._number(row)} ({float(ds['inference_gap'][row]):.2f} ± "
+            f"{self.number(row)} ({float(ds['inference_gap'][row]):.2f} ± "
             f"{float(ds['inference_gap_stderr'][row]):.2f})"
             for row in self.worst().tolist()
         ]
@@ -247,7 +338,10 @@ class Comparison:
         return [f"Worst rows{of}, by total gap: {', '.join(rows)}."]
 
     def _checked(self) -> list[str]:
-        attrs = self.dataset.attrs
+        return [*self.checks(), *self.warnings(), *self.costs()]
+
+    def checks(self) -> list[str]:
+        """What makes the guides comparable, and whether q* was found."""
         lines = [self._fairness()]
         for name, fit in self.local_fits.items():
             done, count = int(fit.converged.sum()), len(fit.converged)
@@ -260,7 +354,7 @@ class Comparison:
                     "  In the others the amortization gap is at least what is shown, and the "
                     "approximation gap is not known so well: raise max_steps."
                 )
-        return [*lines, *self._warnings(), *self._costs(attrs)]
+        return lines
 
     def _fairness(self) -> str:
         attrs = self.dataset.attrs
@@ -280,7 +374,8 @@ class Comparison:
             )
         return text
 
-    def _warnings(self) -> list[str]:
+    def warnings(self) -> list[str]:
+        """Where the figures are not what they seem."""
         ds, attrs, lines = self.dataset, self.dataset.attrs, []
         for name in self.guides:
             empty = int((~np.isfinite(ds["elbo"].sel(guide=name))).sum())
@@ -294,7 +389,7 @@ class Comparison:
         free = [n for n in ds["guide"].values if n not in self.guides]
         heavy = np.flatnonzero(ds["pareto_k"].sel(guide=free).min("guide").values > threshold)
         if attrs["evidence_kind"] == "iwae" and len(heavy):
-            which = ", ".join(str(self._number(row)) for row in heavy[:5]) + (
+            which = ", ".join(str(self.number(row)) for row in heavy[:5]) + (
                 ", …" if len(heavy) > 5 else ""
             )
             lines.append(
@@ -309,7 +404,9 @@ class Comparison:
             )
         return lines
 
-    def _costs(self, attrs: Mapping[str, Any]) -> list[str]:
+    def costs(self) -> list[str]:
+        """The seconds that were spent, and what q* costs beside the training."""
+        attrs = self.dataset.attrs
         seconds = {k: v for k, v in attrs.items() if k.startswith("seconds_")}
         spent = ", ".join(
             f"{k.removeprefix('seconds_').replace('_', ' ')} {v:.1f}" for k, v in seconds.items()
@@ -337,8 +434,8 @@ def _significant(gap: Any, stderr: Any) -> str:
     return text + (f", below in {below}" if below else "")
 
 
-def _side(bounds: Any) -> str:
-    """The sign before a mean of which some rows are bounds."""
+def bound_sign(bounds: Any) -> str:
+    """The sign before a figure of which some rows are bounds, by their values of ``…_bound``."""
     kinds = set(np.unique(bounds)) - {"estimate"}
     if kinds <= {"lower"}:
         return "≥ " if kinds else ""

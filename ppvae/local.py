@@ -56,6 +56,7 @@ from ppvae.families import (
 from ppvae.fisher import LocalElbo, Table, adaptive_ascent, tabulated_ascent
 from ppvae.guides import PerDatapoint, per_datapoint
 from ppvae.isolation import check_rows, seconds_now, unvalidated
+from ppvae.markup import Cell, TextTable, card
 from ppvae.natural import Climb, GaussianElbo, best_of_draws, natural_ascent, other_modes
 
 
@@ -101,6 +102,20 @@ class LocalFit:
             f"LocalFit({self.guide!r}, elbo={float(self.elbo.mean()):.4f} nats a datum, "
             f"{self.status})"
         )
+
+    def _repr_html_(self) -> str:
+        rows, steps = len(self.elbo), self.steps
+        error = float(self.elbo_stderr.square().sum()) ** 0.5 / rows
+        header = ("rows", "converged", "mean ELBO ± error", "steps of a row", "seconds")
+        row = (
+            f"{rows:,}",
+            f"{int(self.converged.sum()):,}",
+            Cell(f"{float(self.elbo.mean()):.4f} ± {error:.4f}", "nats a datum"),
+            f"{int(steps.min())} to {int(steps.max())}",
+            f"{self.seconds:.1f}",
+        )
+        title = f"q* for each datum, {', '.join(map(repr, self.guide.families.values()))}"
+        return card(title, [self.status], TextTable(header, [row]))
 
 
 def fit_per_datapoint(

@@ -19,6 +19,7 @@ from ppvae.guides import PerDatapoint, per_datapoint
 from ppvae.isolation import seconds_now
 from ppvae.ledger import Comparison
 from ppvae.local import LocalFit, fit_per_datapoint
+from ppvae.markup import TextTable
 from ppvae.refinement import Refinement, refine
 from ppvae.training import Fit
 
@@ -33,6 +34,7 @@ _REFINE_TOLERANCE = 1e-3
 _REPEATS = 3
 _ALIKE = 1.25
 _DRAWS = 1000
+_HEADER = ("repair", "nats a datum", "of the gap", "s once", "ms a datum")
 
 
 @dataclass(frozen=True)
@@ -81,21 +83,8 @@ class RepairCosts:
         return next((r for r in able if price[r] <= _ALIKE * least), None)
 
     def __str__(self) -> str:
-        ds, attrs = self.dataset, self.dataset.attrs
-        rows = [("repair", "nats a datum", "of the gap", "s once", "ms a datum")]
-        for name in ds["repair"].values.tolist():
-            one = ds.sel(repair=name)
-            gain, error = float(one["gain"]), float(one["gain_stderr"])
-            share = gain / attrs["inference_gap"] if attrs["inference_gap"] > 0 else math.nan
-            rows.append(
-                (
-                    name,
-                    f"{gain:8.4f} ± {error:.4f}",
-                    f"{share:.0%}" if math.isfinite(share) else "–",
-                    f"{float(one['seconds_fixed']):.3g}",
-                    f"{1000 * float(one['seconds_per_row']):.3g}",
-                )
-            )
+        attrs = self.dataset.attrs
+        rows = [_HEADER, *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = [
             "  "
@@ -114,6 +103,28 @@ class RepairCosts:
                 *self.sentences(),
             ]
         )
+
+    def table(self) -> TextTable:
+        """The price list, in cells."""
+        return TextTable(_HEADER, self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        ds, attrs = self.dataset, self.dataset.attrs
+        rows: list[tuple[str, ...]] = []
+        for name in ds["repair"].values.tolist():
+            one = ds.sel(repair=name)
+            gain, error = float(one["gain"]), float(one["gain_stderr"])
+            share = gain / attrs["inference_gap"] if attrs["inference_gap"] > 0 else math.nan
+            rows.append(
+                (
+                    name,
+                    f"{gain:8.4f} ± {error:.4f}",
+                    f"{share:.0%}" if math.isfinite(share) else "–",
+                    f"{float(one['seconds_fixed']):.3g}",
+                    f"{1000 * float(one['seconds_per_row']):.3g}",
+                )
+            )
+        return rows
 
     def sentences(self) -> list[str]:
         """Which repair pays, and from how many data on amortization does."""

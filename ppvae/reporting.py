@@ -1,32 +1,33 @@
-"""What a run of the command line leaves in its folder: the ledger, the settings, the figures."""
+"""What a run of the command line leaves in its folder: the ledger, the report, the figures."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ppvae import plots
 from ppvae.explanation import Explanation
 from ppvae.ledger import Comparison
-from ppvae.local import fit_per_datapoint
+from ppvae.local import LocalFit, fit_per_datapoint
+from ppvae.pages import Drawing, Picture, draw, picture_of, pictures, versions, write_page
 from ppvae.preparing import Rows, Settings
 from ppvae.repairs import RepairCosts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # What any run writes: an earlier run's files must not stand beside this one's.
 _WRITTEN = (
-    *("ledger.nc", "settings.json", "toy_posterior.png", "gap_against_x.png", "gap_bars.png"),
-    *("gap_sorted.png", "samples.png", "reconstructions.png", "latent_scatter.png"),
+    *("ledger.nc", "settings.json", "report.html", "toy_posterior.png", "gap_against_x.png"),
+    *("gap_bars.png", "gap_sorted.png", "samples.png", "reconstructions.png", "latent_scatter.png"),
     *("latent_grid.png", "explanation.png", "explanation.nc", "repairs.png", "repairs.nc"),
 )
 
@@ -57,23 +58,30 @@ def write(
     """
     for name in _WRITTEN:
         (out / name).unlink(missing_ok=True)
-    written = [_write_ledger(comparison, out), _write_settings(settings, rows, out)]
-    written += _write_figures(settings, model, guide, rows, comparison, out)
+    record = _record(settings, rows)
+    written = [_write_ledger(comparison, out), _write_settings(record, out)]
+    figures = [
+        *pictures(comparison),
+        *_figures_of_model(settings, model, guide, rows),
+        *(picture_of(result) for result in results.values()),
+    ]
+    for figure in figures:
+        path = out / f"{figure.name}.png"
+        path.write_bytes(figure.png)
+        written.append(path)
     for name, result in results.items():
-        written += _write_result(name, result, out)
-    return [path.name for path in written]
-
-
-def _write_result(name: str, result: Explanation | RepairCosts, out: Path) -> list[Path]:
-    """The figures behind a table as a data set and as a picture."""
-    path = out / f"{name}.nc"
-    result.dataset.to_netcdf(path, engine="h5netcdf")
-    figure, (ax,) = _figure((6.5, 4.2))
-    if isinstance(result, Explanation):
-        plots.explanation(result, ax=ax)
-    else:
-        plots.repair_costs(result, ax=ax)
-    return [path, _save(figure, out / f"{name}.png")]
+        path = out / f"{name}.nc"
+        result.dataset.to_netcdf(path, engine="h5netcdf")
+        written.append(path)
+    page = write_page(
+        out / "report.html",
+        comparison,
+        image_shape=rows.event_shape,
+        results=list(results.values()),
+        settings={key: value for key, value in record.items() if key != "versions"},
+        figures=figures,
+    )
+    return [path.name for path in (page, *written)]
 
 
 def _write_ledger(comparison: Comparison, out: Path) -> Path:
@@ -82,90 +90,86 @@ def _write_ledger(comparison: Comparison, out: Path) -> Path:
     return path
 
 
-def _write_settings(settings: Settings, rows: Rows, out: Path) -> Path:
-    path = out / "settings.json"
+def _record(settings: Settings, rows: Rows) -> dict[str, Any]:
+    """All that the figures depend on."""
     device = torch.device(settings.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    record = asdict(settings) | {
+    return asdict(settings) | {
         "rows_trained_on": len(rows.train) if settings.steps else 0,
         "rows_compared": len(rows.test),
         "device_name": name or platform.machine(),
-        "versions": {
-            "ppvae": version("ppvae"),
-            "torch": torch.__version__,
-            "pyro": version("pyro-ppl"),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
+
+
+def _write_settings(record: Mapping[str, Any], out: Path) -> Path:
+    path = out / "settings.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def _write_figures(
-    settings: Settings, model: Any, guide: Any, rows: Rows, comparison: Comparison, out: Path
-) -> list[Path]:
-    draw: dict[str, tuple[tuple[float, float], Callable[[Axes], Axes]]] = {
-        "gap_bars": ((3.6, 3.4), lambda ax: plots.gap_bars(comparison, ax=ax)),
-        "gap_sorted": ((5.5, 3.8), lambda ax: plots.gap_sorted(comparison, ax=ax)),
-    }
-    written = []
+def _figures_of_model(settings: Settings, model: Any, guide: Any, rows: Rows) -> list[Picture]:
     if settings.model == "exponential-gaussian":
-        draw["gap_against_x"] = (
-            (5.5, 3.8),
-            lambda ax: plots.gap_against(comparison, rows.test, label="x", ax=ax),
-        )
-        written.append(_write_toy(model, guide, settings, out))
-    if settings.model == "vae":
-        draw |= _vae_figures(model, guide, rows)
-    for name, (size, into) in draw.items():
-        figure, (ax,) = _figure(size)
-        into(ax)
-        written.append(_save(figure, out / f"{name}.png"))
-    return written
+        return [_toy(model, guide, settings)]
+    return _vae_figures(model, guide, rows) if settings.model == "vae" else []
 
 
-def _vae_figures(
-    model: Any, guide: Any, rows: Rows
-) -> dict[str, tuple[tuple[float, float], Callable[[Axes], Axes]]]:
-    draw: dict[str, tuple[tuple[float, float], Callable[[Axes], Axes]]] = {}
+def _vae_figures(model: Any, guide: Any, rows: Rows) -> list[Picture]:
+    drawn = []
     shape, test = rows.event_shape, rows.all_test
     assert test is not None
+
+    def add(name: str, title: str, alt: str, size: tuple[float, float], into: Drawing) -> None:
+        drawn.append(draw(name, title, alt, into, size))
+
     if shape is not None:
-        draw["samples"] = ((5, 3.4), lambda ax: plots.samples(model, shape, ax=ax))
-        draw["reconstructions"] = (
-            (6, 1.4),
+        add(
+            "samples",
+            "What the model draws",
+            "A sheet of images: means of x for draws of z from the prior.",
+            (5.0, 3.4),
+            lambda ax: plots.samples(model, shape, ax=ax),
+        )
+        add(
+            "reconstructions",
+            "The first rows, and what the model makes of them",
+            f"The first {len(rows.test[:10])} images above their reconstructions.",
+            (6.0, 1.4),
             lambda ax: plots.reconstructions(model, guide, rows.test[:10], shape, ax=ax),
         )
     if model.z_dim == 2:
-        draw["latent_scatter"] = (
-            (5, 5),
+        add(
+            "latent_scatter",
+            "Means of q(z | x)",
+            "The means of q(z | x) of the test rows in the plane of the latent.",
+            (5.0, 5.0),
             lambda ax: plots.latent_scatter(guide, test, rows.labels, ax=ax),
         )
         if shape is not None:
-            draw["latent_grid"] = ((5, 5), lambda ax: plots.latent_grid(model, shape, ax=ax))
-    return draw
+            add(
+                "latent_grid",
+                "The latent, decoded",
+                "Means of x over a grid of the latent, spaced evenly in the prior.",
+                (5.0, 5.0),
+                lambda ax: plots.latent_grid(model, shape, ax=ax),
+            )
+    return drawn
 
 
-def _write_toy(model: Any, guide: Any, settings: Settings, out: Path) -> Path:
+def _draw_toy(x: Tensor, guide: Any, local: LocalFit, row: int, ax: Axes) -> None:
+    plots.toy_posterior(x, guide, local, row=row, ax=ax)
+
+
+def _toy(model: Any, guide: Any, settings: Settings) -> Picture:
     x = torch.tensor([1.5, 0.0], device=settings.device)
     local = fit_per_datapoint(
         model, None, x, init=guide, max_steps=settings.max_steps, seed=settings.seed
     )
-
-    figure, axes = _figure((9, 3.8), columns=2)
-    for row, ax in enumerate(axes):
-        plots.toy_posterior(x, guide, local, row=row, ax=ax)
-    return _save(figure, out / "toy_posterior.png")
-
-
-def _figure(size: tuple[float, float], columns: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    # A figure of its own, without pyplot: no display is asked for.
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, [figure.add_subplot(1, columns, 1 + index) for index in range(columns)]
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
-    return path
+    return draw(
+        "toy_posterior",
+        "Guide, best per datum and exact posterior",
+        "Densities of z for x = 1.5, above, and x = 0, below: the exact posterior, the "
+        "guide, and the best member of its family for that datum.",
+        [partial(_draw_toy, x, guide, local, row) for row in range(len(x))],
+        (4.4, 6.2),
+    )

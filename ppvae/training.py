@@ -40,6 +40,7 @@ from ppvae.isolation import (
     private_store,
     seconds_now,
 )
+from ppvae.markup import Cell, TextTable, card
 from ppvae.objectives import BetaELBO, Objective
 from ppvae.precision import Precision, check_precision, lowered
 
@@ -73,12 +74,24 @@ class Fit:
     compile_report: CompileReport = field(default_factory=CompileReport, repr=False)
 
     def __repr__(self) -> str:
-        tail = self.losses[-max(1, len(self.losses) // 10) :]
-        last = f"{float(tail.mean()):.4f}" if len(tail) else "none"
         return (
-            f"Fit({self.status}; loss over the last tenth {last} nats a datum, "
+            f"Fit({self.status}; loss over the last tenth {self._last()} nats a datum, "
             f"{self.seconds:.1f} s)"
         )
+
+    def _repr_html_(self) -> str:
+        header = ("steps", "rows a step", "loss over the last tenth", "seconds")
+        row = (
+            f"{self.steps:,}",
+            f"{self.batch_size:,}",
+            Cell(self._last(), "nats a datum"),
+            f"{self.seconds:.1f}",
+        )
+        return card(f"Fit: {self.status}", [str(self.compile_report)], TextTable(header, [row]))
+
+    def _last(self) -> str:
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        return f"{float(tail.mean()):.4f}" if len(tail) else "none"
 
 
 def fit(

@@ -25,7 +25,7 @@ from ppvae.preparing import FAMILIES
 SMALL = ["--steps", "30", "--num-data", "8", "--num-samples", "100", "--no-progress"]
 GAPS = {"gap_bars.png", "gap_sorted.png"}
 TOY = {"toy_posterior.png", "gap_against_x.png"}
-RECORDS = {"ledger.nc", "settings.json"}
+RECORDS = {"ledger.nc", "settings.json", "report.html"}
 
 PAIR = """
 import torch

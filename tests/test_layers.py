@@ -18,6 +18,7 @@ import ppvae
 ROOT = Path(ppvae.__file__).parent
 
 ROWS = [
+    "markup",
     "isolation",
     "graphs",
     "data",
@@ -73,18 +74,23 @@ ROWS = [
     "files",
     "inference_data",
     "plots",
+    "pages",
     "preparing",
     "reporting",
     "cli",
 ]
 # A leaf serves the modules named here and no others.
 LEAVES = {"data": {"plots", "preparing", "cli"}}
+# A record may have a method that hands it to a later room: the import stands inside the method, or
+# is for the type checker, so that no module needs a later one to be imported.
+DOORS = {"ledger": {"pages"}}
 # Libraries that are slow to import, or change torch's settings when they are.
 LAZY = (
     "arviz",
     "arviz_base",
     "arviz_plots",
     "arviz_stats",
+    "jinja2",
     "matplotlib",
     "sklearn",
     "torchvision",
@@ -152,7 +158,7 @@ def test_every_module_has_a_row(path: Path) -> None:
 def test_a_module_imports_only_from_rows_above(path: Path) -> None:
     own = room(path)
     above = ROWS[: ROWS.index(own)]
-    for name, line, _ in imports(path, package_of(path)):
+    for name, line, is_lazy in imports(path, package_of(path)):
         parts = name.split(".")
         if parts[0] != "ppvae":
             continue
@@ -160,6 +166,8 @@ def test_a_module_imports_only_from_rows_above(path: Path) -> None:
         other = parts[1]
         if other == own and path.parent != ROOT:
             continue  # files of one room may share
+        if is_lazy and other in DOORS.get(own, ()):
+            continue
         assert other in above, (
             f"{path.name}:{line} imports {name}; a module in row {own!r} may import {above}"
         )
