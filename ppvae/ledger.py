@@ -208,7 +208,7 @@ class Comparison:
             first = [Cell(name.text, self.kind()), Cell(""), figures, *[Cell("")] * 4]
             return TextTable(_WIDE, [first, *self._wide_rows()])
         rows = [
-            (label, f"{side}{mean} ± {error}", sd, note)
+            (label, f"{side}{mean} ± {error}", sd, Cell("", note))
             for label, side, mean, error, sd, note in self._tall_rows()
         ]
         return TextTable(("", "mean ± error", "sd", ""), rows)
@@ -434,12 +434,17 @@ def _significant(gap: Any, stderr: Any) -> str:
     return text + (f", below in {below}" if below else "")
 
 
+def bound_of_mean(bounds: Any) -> str:
+    """On which side of the truth the mean over rows lies whose own sides are these."""
+    kinds = set(np.unique(bounds)) - {"estimate"}
+    if not kinds:
+        return "estimate"
+    return kinds.pop() if len(kinds) == 1 else "none"
+
+
 def bound_sign(bounds: Any) -> str:
     """The sign before a figure of which some rows are bounds, by their values of ``…_bound``."""
-    kinds = set(np.unique(bounds)) - {"estimate"}
-    if kinds <= {"lower"}:
-        return "≥ " if kinds else ""
-    return "≤ " if kinds == {"upper"} else "~ "
+    return {"estimate": "", "lower": "≥ ", "upper": "≤ ", "none": "~ "}[bound_of_mean(bounds)]
 
 
 def _verdict(comparison: Comparison, guide: str, *, repairs: bool = False) -> str:

@@ -42,7 +42,15 @@ Drawing = Callable[["Axes"], Any]
 # Dots per inch: twice those of a page, for sharp screens.
 _DPI = 192
 _WIDE, _HIGH = 4.4, 3.2
+_LARGE = (5.6, 4.2)
 _WORST = 5
+_NAMES: dict[type, str] = {Explanation: "explanation", RepairCosts: "repairs"}
+_NOT_MEASURED = {
+    Explanation: "The causes of the amortization gap were not measured: ppvae.explain, or "
+    "--explain on the command line.",
+    RepairCosts: "What each repair brings back and costs was not measured: ppvae.repair_costs, or "
+    "--repairs on the command line.",
+}
 
 
 # --- Pictures -----------------------------------------------------------------------------------
@@ -157,10 +165,12 @@ def picture_of(result: Result) -> Picture:
     if isinstance(result, Explanation):
         alt = f"Bars, one for each cause, with the figures of the table. {result.sentence()}"
         return draw(
-            "explanation", "Causes", alt, lambda ax: plots.explanation(result, ax=ax), (6.5, 4.2)
+            _NAMES[Explanation], "Causes", alt, lambda ax: plots.explanation(result, ax=ax), _LARGE
         )
     alt = "A point for each repair: its seconds against what it brings back, as in the table."
-    return draw("repairs", "Prices", alt, lambda ax: plots.repair_costs(result, ax=ax), (6.5, 4.2))
+    return draw(
+        _NAMES[RepairCosts], "Prices", alt, lambda ax: plots.repair_costs(result, ax=ax), _LARGE
+    )
 
 
 def _of_guide(comparison: Comparison, name: str) -> Any:
@@ -176,10 +186,7 @@ def _is_finite(comparison: Comparison, name: str) -> bool:
 def _bars_in_words(comparison: Comparison) -> str:
     said = []
     for name in comparison.guides:
-        parts = []
-        for gap in GAPS[:2]:
-            mean, error = comparison.mean(gap, name if comparison.several else None)
-            parts.append(f"{_words(gap)} {mean:.4f} ± {error:.4f}")
+        parts = [f"{_words(gap)} {_mean_in_words(comparison, gap, name)}" for gap in GAPS[:2]]
         said.append(f"{name}: {', '.join(parts)}" if comparison.several else ", ".join(parts))
     return f"Bars of the mean gaps in nats a datum. {'; '.join(said)}."
 
@@ -231,10 +238,12 @@ def _worst(comparison: Comparison, name: str, shape: tuple[int, int] | None) -> 
         value, error = full[variable], full[f"{variable}_stderr"]
         if guide is not None and "guide" in value.dims:
             value, error = value.sel(guide=guide), error.sel(guide=guide)
-        return Cell(f"{sign}{float(value[row]) + 0.0:.4f} ± {float(error[row]):.4f}")
+        return Cell(f"{sign}{round(float(value[row]), 4) + 0.0:.4f}", f"± {float(error[row]):.4f}")
 
     def k_hat(row: int, guide: str) -> Cell:
         k = float(full["pareto_k"].sel(guide=guide)[row])
+        if not math.isfinite(k):
+            return Cell("–", "equal weights" if k < 0 else "")
         return Cell(f"{k:.2f}", f"above {threshold:.2f}" if k > threshold else "")
 
     table = TextTable(
@@ -350,11 +359,12 @@ def write_page(
     shape = _image_shape(comparison.x, image_shape)
     if figures is None:
         figures = [*pictures(comparison), *(picture_of(result) for result in results)]
-    prices = {picture.name: picture for picture in figures}
-    explanation = next((r for r in results if isinstance(r, Explanation)), None)
-    repairs = next((r for r in results if isinstance(r, RepairCosts)), None)
+    by_name = {picture.name: picture for picture in figures}
+    sections = [
+        (*_in_words(result), result.table(), by_name[_NAMES[type(result)]]) for result in results
+    ]
     x, attrs = comparison.x, comparison.dataset.attrs
-    rows = {
+    of_rows = {
         "rows": len(x),
         "shape of a row": tuple(x.shape[1:]),
         "dtype": str(x.dtype).removeprefix("torch."),
@@ -364,14 +374,14 @@ def write_page(
     page = render(
         "report.html",
         comparison=comparison,
-        explanation=explanation,
-        repairs=repairs,
-        figures=[p for p in figures if p.name not in ("explanation", "repairs")],
-        explanation_figure=prices.get("explanation"),
-        repairs_figure=prices.get("repairs"),
+        losses=_losses(comparison),
+        prices=_prices(comparison),
+        figures=[picture for picture in figures if picture.name not in _NAMES.values()],
+        sections=sections,
+        missing=[said for kind, said in _NOT_MEASURED.items() if kind not in map(type, results)],
         worst=[_worst(comparison, name, shape) for name in comparison.guides],
         settings=[
-            ("Of the comparison", _listed(rows | attrs)),
+            ("Of the comparison", _listed(of_rows | attrs)),
             *([("Of the run", _listed(settings))] if settings else []),
             ("Versions", _listed(versions())),
         ],
@@ -379,6 +389,55 @@ def write_page(
     path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _in_words(result: Result) -> tuple[str, list[str]]:
+    if isinstance(result, Explanation):
+        return "Causes of the amortization gap", result.said()
+    return "Repairs and their prices", result.sentences()
+
+
+def _losses(comparison: Comparison) -> list[str]:
+    """What each guide loses."""
+    said = []
+    for name in comparison.guides:
+        of = f" {name}" if comparison.several else ""
+        total, approximation, amortization = (
+            _mean_in_words(comparison, gap, name)
+            for gap in ("inference_gap", "approximation_gap", "amortization_gap")
+        )
+        said.append(
+            f"The ELBO of the guide{of} is {total} nats a datum below log p(x): {approximation} by "
+            f"approximation, {amortization} by amortization."
+        )
+    return said
+
+
+def _prices(comparison: Comparison) -> list[str]:
+    """What a fit of each datum in the place of each guide brings and costs."""
+    said, count, attrs = [], len(comparison.x), comparison.dataset.attrs
+    for name in comparison.guides:
+        one = _of_guide(comparison, name)
+        family = str(one["family"].item()) if comparison.several else attrs["family"]
+        seconds = comparison.local_fits[family].seconds
+        of = f" {name}" if comparison.several else ""
+        said.append(
+            f"A fit of q* ({family}) to each datum, in the place of the guide{of}, brings back "
+            f"{_mean_in_words(comparison, 'amortization_gap', name)} nats a datum. It took "
+            f"{1000 * seconds / count:.3g} ms a datum, {count} at a time."
+        )
+    if math.isfinite(attrs["break_even"]):
+        said.append(
+            f"Training the model and the guide took as long as {attrs['break_even']:,.0f} such "
+            f"fits."
+        )
+    return said
+
+
+def _mean_in_words(comparison: Comparison, gap: str, name: str) -> str:
+    mean, error = comparison.mean(gap, name if comparison.several else None)
+    sign = bound_sign(_of_guide(comparison, name)[f"{gap}_bound"].values)
+    return f"{sign}{round(mean, 4) + 0.0:.4f} ± {error:.4f}"
 
 
 def versions() -> dict[str, str]:

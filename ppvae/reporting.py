@@ -42,6 +42,12 @@ def make_folder(out: Path) -> None:
         ) from error
 
 
+def clear(out: Path) -> None:
+    """Remove what an earlier run has written; its results are not those of this one."""
+    for name in _WRITTEN:
+        (out / name).unlink(missing_ok=True)
+
+
 def write(
     settings: Settings,
     model: Any,
@@ -56,10 +62,8 @@ def write(
     Returns:
         The names of the files.
     """
-    for name in _WRITTEN:
-        (out / name).unlink(missing_ok=True)
-    record = _record(settings, rows)
-    written = [_write_ledger(comparison, out), _write_settings(record, out)]
+    clear(out)
+    written = [_write_ledger(comparison, out), write_settings(settings, rows, out)]
     figures = [
         *pictures(comparison),
         *_figures_of_model(settings, model, guide, rows),
@@ -78,7 +82,7 @@ def write(
         comparison,
         image_shape=rows.event_shape,
         results=list(results.values()),
-        settings={key: value for key, value in record.items() if key != "versions"},
+        settings={k: v for k, v in record(settings, rows).items() if k != "versions"},
         figures=figures,
     )
     return [path.name for path in (page, *written)]
@@ -90,8 +94,8 @@ def _write_ledger(comparison: Comparison, out: Path) -> Path:
     return path
 
 
-def _record(settings: Settings, rows: Rows) -> dict[str, Any]:
-    """All that the figures depend on."""
+def record(settings: Settings, rows: Rows) -> dict[str, Any]:
+    """The settings with the rows, the device and the versions that they met."""
     device = torch.device(settings.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return asdict(settings) | {
@@ -102,9 +106,10 @@ def _record(settings: Settings, rows: Rows) -> dict[str, Any]:
     }
 
 
-def _write_settings(record: Mapping[str, Any], out: Path) -> Path:
+def write_settings(settings: Settings, rows: Rows, out: Path) -> Path:
+    """Write `record` as settings.json."""
     path = out / "settings.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record(settings, rows), indent=2) + "\n", encoding="utf-8")
     return path
 
 

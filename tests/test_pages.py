@@ -1,0 +1,426 @@
+"""The report and what notebooks show: their figures are the data set's, and they ask for nothing."""
+
+import io
+import math
+import re
+import shutil
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import ppvae
+from ppvae import pairs
+from ppvae.families import DiagonalNormal, Gamma
+from ppvae.generation import reconstruct
+from ppvae.guides import Amortized
+
+GAPS = ("approximation_gap", "amortization_gap", "inference_gap")
+ODD = '<b>&"x"</b>'
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+class Page(HTMLParser):
+    """Tables as text, images, and every tag with its attributes; unclosed tags are errors."""
+
+    VOID = ("meta", "link", "br", "img")
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.text = source, ""
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if "td" in self.open or "th" in self.open:
+            cell = self.tables[-1][-1]
+            cell[-1] = " ".join((cell[-1] + data).split())
+
+    def table(self, *names: str) -> dict[str, list[str]]:
+        """Rows of the only table whose header has these columns, by the text of the first cell."""
+        (found,) = [t for t in self.tables if set(names) <= set(t[0])]
+        return {row[0]: row[1:] for row in found[1:]}
+
+    def images(self) -> list[dict[str, str | None]]:
+        return [attrs for tag, attrs in self.tags if tag == "img"]
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(n) for n in re.findall(r"-?\d+\.\d+|-?inf|nan", cell)]
+
+
+def mean(ds: Any, name: str) -> tuple[float, float]:
+    value, stderr = ds[name].values.astype(float), ds[f"{name}_stderr"].values.astype(float)
+    return value.mean(), math.sqrt((stderr**2).sum()) / len(value)
+
+
+def assert_shown(cell: str, *expected: float) -> None:
+    """The first figures of a cell are these, to the digits that it shows."""
+    assert numbers(cell)[: len(expected)] == pytest.approx(expected, abs=5.1e-5)
+
+
+@pytest.fixture(scope="module")
+def toy() -> ppvae.Comparison:
+    model, guide = pairs.exponential_gaussian()
+    return ppvae.compare(model, guide, torch.linspace(-1, 4, 9), num_samples=100)
+
+
+@pytest.fixture(scope="module")
+def several() -> ppvae.Comparison:
+    model, guide = pairs.exponential_gaussian()
+    guides = {ODD: guide, "other": pairs.exponential_gaussian(Gamma())[1]}
+    return ppvae.compare(model, guides, torch.linspace(-1, 4, 9), num_samples=100)
+
+
+@pytest.fixture(scope="module")
+def vae() -> ppvae.Comparison:
+    """Of one evaluation a row, so that some have not converged, and of a bounded evidence."""
+    model, guide = pairs.vae(x_dim=12, z_dim=3, hidden=[8])
+    x = (torch.rand(9, 12) > 0.5).to(torch.get_default_dtype())
+    return ppvae.compare(
+        model, guide, x, num_samples=100, evidence_samples=200, max_steps=1, seed=1
+    )
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Callable[..., Page]:
+    def write(comparison: ppvae.Comparison, **options: Any) -> Page:
+        path = comparison.to_html(tmp_path / "report.html", **options)
+        assert path == tmp_path / "report.html"
+        return Page(path.read_text(encoding="utf-8"))
+
+    return write
+
+
+# --- Figures -----------------------------------------------------------------------------------
+
+
+def test_the_table_of_one_guide_has_the_means_errors_and_spreads(
+    toy: ppvae.Comparison, page: Callable[..., Page]
+) -> None:
+    shown, ds = page(toy), toy.dataset
+    table = shown.table("mean ± error", "sd")
+    rows = {
+        "log p(x)": (ds, "log_evidence"),
+        "ELBO, best per datum, q*": (ds.sel(guide="per_datapoint"), "elbo"),
+        "ELBO, your guide": (ds.sel(guide="amortized"), "elbo"),
+        "gap, approximation": (ds, "approximation_gap"),
+        "gap, amortization": (ds, "amortization_gap"),
+        "gap, total": (ds, "inference_gap"),
+    }
+    assert list(table) == list(rows)
+    for label, (of, name) in rows.items():
+        assert_shown(table[label][0], *mean(of, name))
+        assert float(table[label][1]) == pytest.approx(float(of[name].std()), abs=5.1e-4)
+        if name in GAPS:
+            beyond = np.maximum(2 * of[f"{name}_stderr"].values, 1e-4)
+            above = int((of[name].values > beyond).sum())
+            assert table[label][2].startswith(f"clearly above 0 in {above} of 9")
+            assert table[label][2] in str(toy)
+    assert toy.verdict() in shown.text
+    # The same figures stand beside the verdict and in the words of the picture.
+    total, error = mean(ds, "inference_gap")
+    assert f"is {total:.4f} ± {error:.4f} nats a datum below log p(x)" in shown.text
+    bars = next(str(i["alt"]) for i in shown.images() if "Bars" in str(i["alt"]))
+    assert_shown(bars, *mean(ds, "approximation_gap"), *mean(ds, "amortization_gap"))
+
+
+def test_the_table_of_several_guides(several: ppvae.Comparison, page: Callable[..., Page]) -> None:
+    shown, ds = page(several), several.dataset
+    table = shown.table("approximation", "amortization", "total", "active")
+    assert list(table) == ["log p(x) closed form", *ds["guide"].values]
+    for name in ds["guide"].values:
+        one, (family, elbo, *gaps, units) = ds.sel(guide=name), table[name]
+        assert family == one["family"].item()
+        assert_shown(elbo, *mean(one, "elbo"))
+        assert units == f"{float(one['active_units']):.0f} of 1"
+        for gap, cell in zip(GAPS, gaps, strict=True):
+            if gap == "amortization_gap" and one["source"] == "per_datapoint":
+                assert cell == "–"
+            else:
+                assert_shown(cell, *mean(one, gap))
+                assert f"sd {float(one[gap].std()):.3f}" in cell
+    assert several.verdict() in shown.text
+
+
+@pytest.mark.parametrize("kind", ["toy", "vae", "several"])
+def test_the_worst_rows_have_their_own_figures(
+    kind: str, page: Callable[..., Page], request: pytest.FixtureRequest
+) -> None:
+    comparison = request.getfixturevalue(kind)
+    # Numbered from 100 on, as the rows of a file might be.
+    numbered = comparison.dataset.assign_coords(row=("data", np.arange(100, 109)))
+    comparison = replace(comparison, dataset=numbered)
+    tables = [t for t in page(comparison).tables if "steps" in t[0]]
+    assert len(tables) == len(comparison.guides)
+    signs = {"estimate": "", "lower": "≥", "upper": "≤", "none": "~"}
+    for name, (_, *rows) in zip(comparison.guides, tables, strict=True):
+        full = comparison.dataset
+        ds = full.sel(guide=name) if comparison.several else full
+        best = f"per_datapoint {ds['family'].item()}" if comparison.several else "per_datapoint"
+        worst = np.argsort(-ds["inference_gap"].values)[:5]
+        assert [int(row[0]) for row in rows] == (100 + worst).tolist()
+        for at, (_, total, approximation, amortization, *others) in zip(worst, rows, strict=True):
+            for gap, cell in zip(GAPS, (approximation, amortization, total), strict=True):
+                assert_shown(cell, float(ds[gap][at]), float(ds[f"{gap}_stderr"][at]))
+                assert re.match(r"[≥≤~]?", cell)[0] == signs[str(ds[f"{gap}_bound"].values[at])]
+            evidence, of_guide, of_best, k_guide, k_best, converged, steps = others
+            assert_shown(evidence, float(full["log_evidence"][at]))
+            assert_shown(of_guide, float(full["elbo"].sel(guide=name)[at]))
+            assert_shown(of_best, float(full["elbo"].sel(guide=best)[at]))
+            for cell, guide in ((k_guide, name), (k_best, best)):
+                k = float(full["pareto_k"].sel(guide=guide)[at])
+                assert numbers(cell)[0] == pytest.approx(k, abs=5.1e-3)
+                assert ("above" in cell) == (k > full.attrs["pareto_k_threshold"])
+            assert converged == ("yes" if ds["converged"][at] else "no")
+            assert int(steps) == int(ds["steps"][at])
+
+
+def test_bounds_are_marked_and_warnings_come_first(
+    vae: ppvae.Comparison, page: Callable[..., Page]
+) -> None:
+    assert not vae.dataset["converged"].all()
+    collapsed = vae.dataset.assign(active_units=("guide", [0.0, 0.0]))
+    shown = page(replace(vae, dataset=collapsed))
+    table = shown.table("mean ± error", "sd")
+    signs = [table[f"gap, {gap}"][0][0] for gap in ("approximation", "amortization", "total")]
+    assert signs == ["~", "≥", "≥"]
+    assert shown.text.index("COLLAPSED") < shown.text.index(vae.verdict())
+
+
+def test_settings_and_versions_are_listed(toy: ppvae.Comparison, page: Callable[..., Page]) -> None:
+    shown = page(toy, settings={"learning rate": 0.25})
+    tables = [t for t in shown.tables if t[0] == ["setting", "value"]]
+    of_comparison, of_run, versions = ({k: v for k, v in t[1:]} for t in tables)
+    for key, value in toy.dataset.attrs.items():
+        if isinstance(value, float):
+            assert float(of_comparison[key]) == pytest.approx(value, rel=1e-5, nan_ok=True)
+        else:
+            assert of_comparison[key] == str(value)
+    assert of_run == {"learning rate": "0.25"}
+    assert versions["torch"] == torch.__version__
+
+
+def test_a_gap_without_end_is_said_and_not_drawn(
+    toy: ppvae.Comparison, page: Callable[..., Page]
+) -> None:
+    ds = toy.dataset.copy(deep=True)
+    for name in ("amortization_gap", "inference_gap"):
+        ds[name][3], ds[f"{name}_stderr"][3] = np.inf, np.nan
+    ds["elbo"].loc[{"guide": "amortized", "data": 3}] = -np.inf
+    shown = page(replace(toy, dataset=ds))
+    assert "Some rows have no finite ELBO" in shown.text
+    assert shown.images() == []
+    (worst,) = [t for t in shown.tables if "steps" in t[0]]
+    assert worst[1][:2] == ["3", "inf ± nan"]
+
+
+# --- Images ------------------------------------------------------------------------------------
+
+
+def pixels(image: dict[str, Any]) -> Any:
+    """The grey values of an image of a page: 0 where it is white, 1 where it is black."""
+    import matplotlib.image
+
+    kind, data = image["src"].split(",")
+    assert kind == "data:image/png;base64"
+    return 1 - matplotlib.image.imread(io.BytesIO(b64decode(data)))[..., 0]
+
+
+def test_the_worst_images_and_what_the_model_makes_of_them(
+    vae: ppvae.Comparison, page: Callable[..., Page]
+) -> None:
+    assert not [i for i in page(vae).images() if "row" in str(i["alt"])]
+    shown = page(vae, image_shape=(4, 3))
+    images = {str(i["alt"]): pixels(i) for i in shown.images() if " of row " in str(i["alt"])}
+    worst = vae.worst()
+    means = reconstruct(vae.model, vae.guides["amortized"], vae.x[worst])
+    assert len(images) == 2 * len(worst)
+    for row, mean in zip(worst.tolist(), means, strict=True):
+        expected = {"image": vae.x[row], "reconstruction": mean}
+        for what, values in expected.items():
+            # A picture has 256 shades.
+            values = values.reshape(4, 3).cpu().numpy()
+            np.testing.assert_allclose(images[f"{what} of row {row}"], values, atol=1 / 255)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2, 3)])
+def test_rows_of_the_shape_of_an_image_are_images(
+    shape: tuple[int, ...], page: Callable[..., Page]
+) -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+            loc = z.reshape(*z.shape[:-1], *[1] * len(shape)).expand(*z.shape[:-1], *shape)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(len(shape)), obs=x)
+
+    guide = Amortized(DiagonalNormal(1), nn.Sequential(nn.Flatten(-len(shape)), nn.Linear(6, 2)))
+    x = torch.rand(3, *shape)
+    comparison = ppvae.compare(model, guide, x, num_samples=100)
+    images = [i for i in page(comparison).images() if " of row " in str(i["alt"])]
+    # The pair is no VAE: nothing stands beside them.
+    assert [i["alt"] for i in images] == [f"image of row {n}" for n in comparison.worst().tolist()]
+    for image, row in zip(images, comparison.worst(), strict=True):
+        np.testing.assert_allclose(pixels(image), x[row].reshape(2, 3).cpu(), atol=1 / 255)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (12,), (2, 2, 3)])
+def test_an_image_shape_that_is_not_the_rows(
+    shape: tuple[int, ...], vae: ppvae.Comparison, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"image_shape: .* 12 pixels.*\(12,\); got \("):
+        vae.to_html(tmp_path / "report.html", image_shape=shape)
+    assert not list(tmp_path.iterdir())
+
+
+# --- Safe to open ------------------------------------------------------------------------------
+
+
+def test_nothing_is_asked_of_the_network_and_names_are_text(
+    several: ppvae.Comparison, page: Callable[..., Page]
+) -> None:
+    shown = page(several, settings={ODD: ODD})
+    assert ODD not in shown.source
+    assert not [tag for tag, _ in shown.tags if tag in ("b", "script", "iframe", "object")]
+    assert shown.tables[-2] == [["setting", "value"], [ODD, ODD]]
+    for tag, attrs in shown.tags:
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert (attrs.get(name) or "data:").startswith("data:"), (tag, name)
+        assert "url(" not in (attrs.get("style") or "")
+    assert not re.search(r"url\(|@import", shown.source)
+    policy = [a["content"] for t, a in shown.tags if t == "meta" and "http-equiv" in a]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert all(image["alt"] for image in shown.images())
+    assert any(ODD in str(tag) for tag in shown.tags)  # The alt of a picture names the guide.
+
+
+# --- Notebooks ---------------------------------------------------------------------------------
+
+
+def test_what_a_notebook_shows_of_a_comparison(
+    toy: ppvae.Comparison, several: ppvae.Comparison
+) -> None:
+    shown = Page(toy._repr_html_())
+    table = shown.table("mean ± error", "sd")
+    assert_shown(table["gap, total"][0], *mean(toy.dataset, "inference_gap"))
+    assert toy.verdict() in shown.text
+    assert ODD not in several._repr_html_()
+    assert ODD in Page(several._repr_html_()).table("total", "active")
+
+
+def test_what_a_notebook_shows_of_fits(toy: ppvae.Comparison) -> None:
+    local = toy.local
+    shown = Page(local._repr_html_())
+    ((rows, converged, elbo, steps, _),) = [r for t in shown.tables for r in t[1:]]
+    assert (int(rows), int(converged)) == (9, int(local.converged.sum()))
+    error = float(local.elbo_stderr.square().sum().sqrt()) / 9
+    assert_shown(elbo, float(local.elbo.mean()), error)
+    assert steps == f"{int(local.steps.min())} to {int(local.steps.max())}"
+    assert local.status in shown.text
+    model, guide = pairs.exponential_gaussian()
+    fit = ppvae.fit(model, guide, torch.rand(20), steps=30, batch_size=10, progress=False)
+    shown = Page(fit._repr_html_())
+    (row,) = [r for t in shown.tables for r in t[1:]]
+    assert row[:2] == ["30", "10"]
+    assert_shown(row[2], float(fit.losses[-3:].mean()))
+    odd = Page(replace(fit, status=ODD, losses=fit.losses[:0])._repr_html_())
+    assert ODD in odd.text
+    assert odd.tables[0][1][2] == "none nats a datum"
+
+
+# --- In a browser ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser on PATH: looked for {', '.join(BROWSERS)}")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+# What sticks out of the viewport to the right, and lies in no box that scrolls.
+STICKS_OUT = """() => [...document.body.querySelectorAll("*")]
+    .filter(e => !e.closest(".box") && e.getBoundingClientRect().right > innerWidth + 0.5)
+    .map(e => e.outerHTML.slice(0, 80))"""
+# The contrast ratio of text to its background, by the formula of WCAG 2.
+CONTRAST = """() => {
+    const light = c => {
+        const [r, g, b] = c.match(/\\d+/g).map(v => v / 255)
+            .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const paper = light(getComputedStyle(document.body).backgroundColor);
+    return [...document.querySelectorAll("p, h1, h2, h3, td, th, small, figcaption")].map(e => {
+        const ink = light(getComputedStyle(e).color);
+        return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+    });
+}"""
+
+
+def test_a_browser_opens_it_on_a_desk_and_on_a_phone(
+    browser: Any,
+    toy: ppvae.Comparison,
+    several: ppvae.Comparison,
+    vae: ppvae.Comparison,
+    tmp_path: Path,
+) -> None:
+    paths = [
+        toy.to_html(tmp_path / "toy.html"),
+        several.to_html(tmp_path / "several.html", settings={"a" * 80: "b" * 80}),
+        vae.to_html(tmp_path / "vae.html", image_shape=(4, 3)),
+    ]
+    for width, height, scheme in ((1280, 900, "light"), (390, 844, "dark")):
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme
+        )
+        for path in paths:
+            said, asked = [], []
+            view = context.new_page()
+            view.on("console", lambda message, said=said: said.append(message.text))
+            view.on("pageerror", lambda error, said=said: said.append(str(error)))
+            view.on("request", lambda request, asked=asked: asked.append(request.url))
+            view.goto(path.as_uri())
+            assert said == []
+            assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+            assert view.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+            assert view.evaluate(STICKS_OUT) == []
+            widths = view.evaluate("[...document.images].map(i => i.naturalWidth)")
+            assert widths
+            assert min(widths) > 0
+            assert min(view.evaluate(CONTRAST)) > 4.5
+        context.close()
