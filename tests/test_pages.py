@@ -1,4 +1,4 @@
-"""The report and what notebooks show: their figures are the data set's, and they ask for nothing."""
+"""The report, and what notebooks show: the data set's own figures, and no request for more."""
 
 import io
 import math
@@ -26,6 +26,8 @@ from ppvae.guides import Amortized
 
 GAPS = ("approximation_gap", "amortization_gap", "inference_gap")
 ODD = '<b>&"x"</b>'
+# A colour map has 256 of them, and so has a picture.
+SHADES = 2 / 255
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -57,14 +59,16 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        if tag in ("td", "th"):
+            row = self.tables[-1][-1]
+            row[-1] = " ".join(row[-1].split())
 
     def handle_data(self, data: str) -> None:
         if "style" in self.open:
             return
         self.text += data
         if "td" in self.open or "th" in self.open:
-            cell = self.tables[-1][-1]
-            cell[-1] = " ".join((cell[-1] + data).split())
+            self.tables[-1][-1][-1] += data
 
     def table(self, *names: str) -> dict[str, list[str]]:
         """Rows of the only table whose header has these columns, by the text of the first cell."""
@@ -269,9 +273,8 @@ def test_the_worst_images_and_what_the_model_makes_of_them(
     for row, mean in zip(worst.tolist(), means, strict=True):
         expected = {"image": vae.x[row], "reconstruction": mean}
         for what, values in expected.items():
-            # A picture has 256 shades.
             values = values.reshape(4, 3).cpu().numpy()
-            np.testing.assert_allclose(images[f"{what} of row {row}"], values, atol=1 / 255)
+            np.testing.assert_allclose(images[f"{what} of row {row}"], values, atol=SHADES)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (1, 2, 3)])
@@ -291,7 +294,7 @@ def test_rows_of_the_shape_of_an_image_are_images(
     # The pair is no VAE: nothing stands beside them.
     assert [i["alt"] for i in images] == [f"image of row {n}" for n in comparison.worst().tolist()]
     for image, row in zip(images, comparison.worst(), strict=True):
-        np.testing.assert_allclose(pixels(image), x[row].reshape(2, 3).cpu(), atol=1 / 255)
+        np.testing.assert_allclose(pixels(image), x[row].reshape(2, 3).cpu(), atol=SHADES)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (12,), (2, 2, 3)])
