@@ -214,6 +214,9 @@ def test_causes_and_prices_on_demand(here: Path, capsys: pytest.CaptureFixture[s
     # The toy's encoder is given all of x, so that no part is called missing inputs.
     shown = {"generalisation", "training", "capacity", "not learned", *prices["repair"].values}
     assert all(f"  {name} " in printed for name in shown)
+    page = (here / "ppvae-out" / "report.html").read_text(encoding="utf-8")
+    assert all(f'<span class="text">{name}</span>' in page for name in shown)
+    assert "data:image/png" in page
     assert cli.main(["compare", *SMALL]) == 0
     assert not added & files(here / "ppvae-out")
 
