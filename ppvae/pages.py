@@ -287,15 +287,14 @@ def _images(
     found = []
     for at, row in enumerate(rows):
         number = comparison.number(row)
-        gap, error = (
-            float(_of_guide(comparison, name)[v][row])
-            for v in ("inference_gap", "inference_gap_stderr")
-        )
+        ds = _of_guide(comparison, name)
+        gap, error = (float(ds[v][row]) for v in ("inference_gap", "inference_gap_stderr"))
+        sign = bound_sign(ds["inference_gap_bound"].values[row])
         pieces = [
             (what, f"{what} of row {number}", _source(_grey(values[at].reshape(shape))))
             for what, values in shown.items()
         ]
-        found.append((f"row {number}: total gap {gap:.4f} ± {error:.4f}", pieces))
+        found.append((f"row {number}: {sign}{gap:.4f} ± {error:.4f}", pieces))
     return found
 
 

@@ -280,6 +280,8 @@ def test_the_worst_images_and_what_the_model_makes_of_them(
     means = reconstruct(vae.model, vae.guides["amortized"], vae.x[worst])
     assert len(images) == 2 * len(worst)
     for row, mean in zip(worst.tolist(), means, strict=True):
+        gap, error = (float(vae.dataset[f"inference_gap{end}"][row]) for end in ("", "_stderr"))
+        assert f"row {100 + row}: ≥ {gap:.4f} ± {error:.4f}" in shown["vae"].text
         expected = {"image": vae.x[row], "reconstruction": mean}
         for what, values in expected.items():
             values = values.reshape(4, 3).cpu().numpy()
