@@ -44,6 +44,7 @@ _DPI = 192
 _WIDE, _HIGH = 4.4, 3.2
 _LARGE = (5.6, 4.2)
 _WORST = 5
+_COST = "break_even"
 _NAMES: dict[type, str] = {Explanation: "explanation", RepairCosts: "repairs"}
 _NOT_MEASURED = {
     Explanation: "The causes of the amortization gap were not measured: ppvae.explain, or "
@@ -149,6 +150,25 @@ def pictures(comparison: Comparison) -> list[Picture]:
                     partial(_draw_against, comparison, guide, x),
                 )
             )
+    drawn.append(
+        draw(
+            "pareto_k",
+            "k-hat of all data, sorted",
+            _k_hats_in_words(comparison),
+            lambda ax: plots.pareto_k_sorted(comparison, ax=ax),
+            _LARGE,
+        )
+    )
+    if not math.isnan(comparison.dataset.attrs["break_even"]):
+        drawn.append(
+            draw(
+                _COST,
+                "Seconds in all against the number of data",
+                f"Two lines that rise with the number of data: training once and encoding, and a "
+                f"fit of q* to each. {_break_even_in_words(comparison)}",
+                lambda ax: plots.break_even(comparison, ax=ax),
+            )
+        )
     return drawn
 
 
@@ -207,6 +227,25 @@ def _against_in_words(comparison: Comparison, name: str, x: Tensor) -> str:
         f"{float(x.max()):.4g}. The largest total gap, {float(ds['inference_gap'][at]):.4f}, is at "
         f"x = {float(x[at]):.4g}."
     )
+
+
+def _k_hats_in_words(comparison: Comparison) -> str:
+    ds, threshold = comparison.dataset, comparison.dataset.attrs["pareto_k_threshold"]
+    above = [
+        f"{name}: {int((ds['pareto_k'].sel(guide=name) > threshold).sum())}"
+        for name in ds["guide"].values.tolist()
+    ]
+    return (
+        f"A curve of k-hat for each guide and q*, sorted. Above {threshold:.2f} are, of "
+        f"{ds.sizes['data']} data, {', '.join(above)}."
+    )
+
+
+def _break_even_in_words(comparison: Comparison) -> str:
+    even = comparison.dataset.attrs["break_even"]
+    if not math.isfinite(even):
+        return "The first is above for any number of data."
+    return f"They cross at {even:,.0f} data."
 
 
 def _words(gap: str) -> str:
@@ -375,7 +414,8 @@ def write_page(
         comparison=comparison,
         losses=_losses(comparison),
         prices=_prices(comparison),
-        figures=[picture for picture in figures if picture.name not in _NAMES.values()],
+        figures=[each for each in figures if each.name not in (*_NAMES.values(), _COST)],
+        cost=by_name.get(_COST),
         sections=sections,
         missing=[said for kind, said in _NOT_MEASURED.items() if kind not in map(type, results)],
         worst=[_worst(comparison, name, shape) for name in comparison.guides],

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # What any run writes: an earlier run's files must not stand beside this one's.
 _WRITTEN = (
     *("ledger.nc", "settings.json", "report.html", "toy_posterior.png", "gap_against_x.png"),
+    *("pareto_k.png", "break_even.png"),
     *("gap_bars.png", "gap_sorted.png", "samples.png", "reconstructions.png", "latent_scatter.png"),
     *("latent_grid.png", "explanation.png", "explanation.nc", "repairs.png", "repairs.nc"),
 )

@@ -23,7 +23,7 @@ from ppvae.models import ExponentialGaussian
 from ppvae.preparing import FAMILIES
 
 SMALL = ["--steps", "30", "--num-data", "8", "--num-samples", "100", "--no-progress"]
-GAPS = {"gap_bars.png", "gap_sorted.png"}
+GAPS = {"gap_bars.png", "gap_sorted.png", "pareto_k.png", "break_even.png"}
 TOY = {"toy_posterior.png", "gap_against_x.png"}
 RECORDS = {"ledger.nc", "settings.json", "report.html"}
 

@@ -229,6 +229,15 @@ def test_the_worst_rows_have_their_own_figures(
             assert int(steps) == int(ds["steps"][at])
 
 
+def test_k_hats_above_the_threshold_are_counted(
+    several: ppvae.Comparison, shown: dict[str, Page]
+) -> None:
+    ds = several.dataset
+    above = (ds["pareto_k"] > ds.attrs["pareto_k_threshold"]).sum("data").to_series()
+    (alt,) = [str(i["alt"]) for i in shown["several"].images() if "k-hat" in str(i["alt"])]
+    assert all(f"{name}: {count}" in alt for name, count in above.items())
+
+
 def test_bounds_are_marked(vae: ppvae.Comparison, shown: dict[str, Page]) -> None:
     assert not vae.dataset["converged"].all()
     table = shown["vae"].table("mean ± error", "sd")
@@ -258,7 +267,7 @@ def test_a_gap_without_end_is_said_and_not_drawn(toy: ppvae.Comparison, tmp_path
     page = Page(path.read_text(encoding="utf-8"))
     # A collapsed latent is said before all else.
     assert 0 < page.text.index("COLLAPSED") < page.text.index("Some rows have no finite ELBO")
-    assert page.images() == []
+    assert [str(image["alt"])[:16] for image in page.images()] == ["A curve of k-hat"]
     (worst,) = [t for t in page.tables if "steps" in t[0]]
     assert worst[1][:2] == ["103", "inf ± nan"]
 
