@@ -65,19 +65,13 @@ def write(
     """
     clear(out)
     written = [_write_ledger(comparison, out), write_settings(settings, rows, out)]
-    figures = [
-        *pictures(comparison),
-        *_figures_of_model(settings, model, guide, rows),
-        *(picture_of(result) for result in results.values()),
-    ]
-    for figure in figures:
-        path = out / f"{figure.name}.png"
-        path.write_bytes(figure.png)
-        written.append(path)
+    figures = _write_figures(settings, model, guide, rows, comparison, out)
     for name, result in results.items():
         path = out / f"{name}.nc"
         result.dataset.to_netcdf(path, engine="h5netcdf")
         written.append(path)
+        figures.append(_write_picture(picture_of(result), out))
+    written += [_path(figure, out) for figure in figures]
     page = write_page(
         out / "report.html",
         comparison,
@@ -112,6 +106,23 @@ def write_settings(settings: Settings, rows: Rows, out: Path) -> Path:
     path = out / "settings.json"
     path.write_text(json.dumps(record(settings, rows), indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _write_figures(
+    settings: Settings, model: Any, guide: Any, rows: Rows, comparison: Comparison, out: Path
+) -> list[Picture]:
+    """Draw the comparison and the model, each figure into a file of its own, and give them back."""
+    figures = [*pictures(comparison), *_figures_of_model(settings, model, guide, rows)]
+    return [_write_picture(figure, out) for figure in figures]
+
+
+def _write_picture(picture: Picture, out: Path) -> Picture:
+    _path(picture, out).write_bytes(picture.png)
+    return picture
+
+
+def _path(picture: Picture, out: Path) -> Path:
+    return out / f"{picture.name}.png"
 
 
 def _figures_of_model(settings: Settings, model: Any, guide: Any, rows: Rows) -> list[Picture]:
