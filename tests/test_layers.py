@@ -19,6 +19,7 @@ ROOT = Path(ppvae.__file__).parent
 
 ROWS = [
     "isolation",
+    "progress",
     "graphs",
     "data",
     "distributions",
