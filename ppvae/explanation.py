@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -35,8 +36,8 @@ from ppvae.guides import PerDatapoint, read_params
 from ppvae.isolation import check_rows, forked_rng, modules_of, seconds_now, unvalidated
 from ppvae.ledger import Comparison
 from ppvae.local import fit_per_datapoint, flat_params
-from ppvae.progress import SILENT, Bar, progress_bar
 from ppvae.nn import MLP
+from ppvae.progress import SILENT, Bar, progress_bar
 
 if TYPE_CHECKING:
     import xarray
@@ -440,7 +441,7 @@ class EncoderTraining:
                 seconds.append(seconds_now(few.device) - began)
                 if now > best:
                     best, kept = now, [p.detach().clone() for p in params]
-            bar.advance(figure=lambda: f"ELBO {best:.3f} nats")
+            bar.advance(figure=partial("ELBO {:.3f} nats".format, best))
         with torch.no_grad():
             for param, value in zip(params, kept, strict=True):
                 param.copy_(value)

@@ -337,12 +337,17 @@ def _significant(gap: Any, stderr: Any) -> str:
     return text + (f", below in {below}" if below else "")
 
 
+def bound_of_mean(bounds: Any) -> str:
+    """On which side of the truth the mean over rows lies whose own sides are these."""
+    kinds = set(np.unique(bounds)) - {"estimate"}
+    if not kinds:
+        return "estimate"
+    return kinds.pop() if len(kinds) == 1 else "none"
+
+
 def _side(bounds: Any) -> str:
     """The sign before a mean of which some rows are bounds."""
-    kinds = set(np.unique(bounds)) - {"estimate"}
-    if kinds <= {"lower"}:
-        return "≥ " if kinds else ""
-    return "≤ " if kinds == {"upper"} else "~ "
+    return {"estimate": "", "lower": "≥ ", "upper": "≤ ", "none": "~ "}[bound_of_mean(bounds)]
 
 
 def _verdict(comparison: Comparison, guide: str, *, repairs: bool = False) -> str:

@@ -41,6 +41,12 @@ def make_folder(out: Path) -> None:
         ) from error
 
 
+def clear(out: Path) -> None:
+    """Remove what an earlier run has written; its results are not those of this one."""
+    for name in _WRITTEN:
+        (out / name).unlink(missing_ok=True)
+
+
 def write(
     settings: Settings,
     model: Any,
@@ -55,9 +61,8 @@ def write(
     Returns:
         The names of the files.
     """
-    for name in _WRITTEN:
-        (out / name).unlink(missing_ok=True)
-    written = [_write_ledger(comparison, out), _write_settings(settings, rows, out)]
+    clear(out)
+    written = [_write_ledger(comparison, out), write_settings(settings, rows, out)]
     written += _write_figures(settings, model, guide, rows, comparison, out)
     for name, result in results.items():
         written += _write_result(name, result, out)
@@ -82,11 +87,11 @@ def _write_ledger(comparison: Comparison, out: Path) -> Path:
     return path
 
 
-def _write_settings(settings: Settings, rows: Rows, out: Path) -> Path:
-    path = out / "settings.json"
+def record(settings: Settings, rows: Rows) -> dict[str, Any]:
+    """The settings with the rows, the device and the versions that they met."""
     device = torch.device(settings.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    record = asdict(settings) | {
+    return asdict(settings) | {
         "rows_trained_on": len(rows.train) if settings.steps else 0,
         "rows_compared": len(rows.test),
         "device_name": name or platform.machine(),
@@ -97,7 +102,12 @@ def _write_settings(settings: Settings, rows: Rows, out: Path) -> Path:
             "python": platform.python_version(),
         },
     }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_settings(settings: Settings, rows: Rows, out: Path) -> Path:
+    """Write `record` as settings.json."""
+    path = out / "settings.json"
+    path.write_text(json.dumps(record(settings, rows), indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -149,7 +159,13 @@ def _vae_figures(
 def _write_toy(model: Any, guide: Any, settings: Settings, out: Path) -> Path:
     x = torch.tensor([1.5, 0.0], device=settings.device)
     local = fit_per_datapoint(
-        model, None, x, init=guide, max_steps=settings.max_steps, seed=settings.seed
+        model,
+        None,
+        x,
+        init=guide,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+        progress=False,
     )
 
     figure, axes = _figure((9, 3.8), columns=2)

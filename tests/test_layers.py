@@ -76,6 +76,8 @@ ROWS = [
     "plots",
     "preparing",
     "reporting",
+    "summaries",
+    "catalogue",
     "cli",
 ]
 # A leaf serves the modules named here and no others.
