@@ -7,6 +7,7 @@ arguments ends in one line on stderr and exit status 2.
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import textwrap
 import warnings
@@ -87,7 +88,9 @@ EXAMPLES = {
     "ppvae compare --resume ppvae-out --num-samples 5000": (
         "The pair of the first example once more, not trained again, with smaller errors."
     ),
-    "ppvae compare --explain --repairs": "Where the amortization gap comes from, and what mends it.",
+    "ppvae compare --explain --repairs": (
+        "Where the amortization gap comes from, and what mends it."
+    ),
     "ppvae compare --json --quiet": "Everything that was found as one JSON document, for scripts.",
     "ppvae compare --max-amortization-gap 0.5": (
         "For a CI job: exit status 3 where the guide loses more than half a nat a datum."
@@ -126,12 +129,12 @@ class _Command(click.Command):
         # --help comes last, and its heading too.
         for heading in sorted(groups, key=lambda name: name == "Other"):
             with formatter.section(heading):
-                formatter.write_dl(groups[heading], col_max=26)
+                _write_rows(formatter, groups[heading])
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(formatter, EXAMPLES)
         with formatter.section("Exit status"):
-            formatter.write_dl(list(_STATUSES.items()))
+            _write_rows(formatter, list(_STATUSES.items()), column=7)
         super().format_epilog(context, formatter)
 
 
@@ -144,7 +147,7 @@ class _Group(click.Group):
         shown["ppvae data list"] = "The named data sets, and which of them are here."
         _write_examples(formatter, shown)
         with formatter.section("Exit status"):
-            formatter.write_dl(list(_STATUSES.items()))
+            _write_rows(formatter, list(_STATUSES.items()), column=7)
 
 
 def _write_examples(formatter: click.HelpFormatter, examples: Mapping[str, str]) -> None:
@@ -152,18 +155,26 @@ def _write_examples(formatter: click.HelpFormatter, examples: Mapping[str, str])
         for number, (command, shows) in enumerate(examples.items()):
             if number:
                 formatter.write_paragraph()
-            indent = " " * formatter.current_indent
-            formatter.write(f"{indent}{command}\n")
-            formatter.write(
-                textwrap.fill(
-                    shows,
-                    formatter.width,
-                    initial_indent=f"{indent}    ",
-                    subsequent_indent=f"{indent}    ",
-                    break_on_hyphens=False,
-                )
-                + "\n"
-            )
+            _write_rows(formatter, [(command, shows)], column=6)
+
+
+def _write_rows(
+    formatter: click.HelpFormatter, rows: Sequence[tuple[str, str]], column: int = 26
+) -> None:
+    """Words with what they mean beside them, or below; click would break both at hyphens."""
+    for word, meaning in rows:
+        lead = " " * formatter.current_indent + word
+        if len(lead) > column - 2:
+            formatter.write(f"{lead}\n")
+            lead = ""
+        text = textwrap.fill(
+            meaning,
+            formatter.width,
+            initial_indent=lead.ljust(column),
+            subsequent_indent=" " * column,
+            break_on_hyphens=False,
+        )
+        formatter.write(f"{text}\n")
 
 
 def _defaults_in_words() -> str:
@@ -524,18 +535,23 @@ def _tell(name: str, facts: Mapping[str, str]) -> None:
     click.echo()
 
 
-@cli.command(name="completion")
+_COMPLETION = """Print the script that completes ppvae's words in a shell.
+
+Once:
+
+\b
+  bash   ppvae completion bash > ~/.ppvae.bash
+         echo 'source ~/.ppvae.bash' >> ~/.bashrc
+  zsh    ppvae completion zsh > ~/.ppvae.zsh
+         echo 'source ~/.ppvae.zsh' >> ~/.zshrc
+  fish   ppvae completion fish > ~/.config/fish/completions/ppvae.fish
+"""
+
+
+@cli.command(name="completion", help=_COMPLETION)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
-    """Print the script that completes ppvae's words in a shell.
-
-    \b
-    bash:  ppvae completion bash > ~/.ppvae.bash
-           and in ~/.bashrc:  source ~/.ppvae.bash
-    zsh:   ppvae completion zsh > ~/.ppvae.zsh
-           and in ~/.zshrc, after compinit:  source ~/.ppvae.zsh
-    fish:  ppvae completion fish > ~/.config/fish/completions/ppvae.fish
-    """
+    """Print the script that completes ppvae's words in a shell."""
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(cli, {}, "ppvae", "_PPVAE_COMPLETE").source())
@@ -676,6 +692,19 @@ def _warnings(*, shown: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Let what is written be whole: an interrupt comes when it is."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
 @dataclass(frozen=True)
 class _Run:
     """A run of ``ppvae compare``."""
@@ -706,10 +735,11 @@ class _Run:
             restore(self.saved, model, guide, rows)
         make_folder(self.out)
         training = self.trained(rows, model, guide)
-        save_run(self.out, self.settings, model, guide, rows, training)
-        clear(self.out)
-        write_settings(self.settings, rows, self.out)
         try:
+            with _ctrl_c_later():
+                save_run(self.out, self.settings, model, guide, rows, training)
+                clear(self.out)
+                write_settings(self.settings, rows, self.out)
             return self.compared(rows, model, guide, training)
         except KeyboardInterrupt:
             raise _StoppedError(
