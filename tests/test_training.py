@@ -228,7 +228,7 @@ def test_an_interrupted_run_keeps_its_last_good_parameters():
     """An update that no later loss has judged may have taken them to where they are no numbers."""
     model, guide = pairs.exponential_gaussian()
 
-    class Interrupting(TraceMeanField_ELBO):
+    class Interrupting(Trace_ELBO):
         calls = 0
 
         def loss_and_grads(self, *args, **kwargs):
