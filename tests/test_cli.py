@@ -22,7 +22,7 @@ import torch
 import xarray
 
 import ppvae
-from ppvae import cli, pairs
+from ppvae import cli, pairs, reporting
 from ppvae.catalogue import PAIRS
 from ppvae.data import NAMES
 from ppvae.ledger import GAPS as GAP_NAMES
@@ -181,6 +181,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return out
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figures, which take most of the time of a short run."""
+    monkeypatch.setattr(reporting, "_write_figures", lambda *_: [])
+
+
 def example(command: str) -> list[str]:
     """The arguments of a command that --help shows; see the test that all of them are run."""
     assert command in cli.EXAMPLES
@@ -258,6 +264,7 @@ def test_the_settings_are_all_there(here: Path) -> None:
     assert ledger(here / "gamma").attrs["family"] == "Gamma()"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_seed_gives_the_same_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = []
     for state, seed in ((1, "0"), (2, "0"), (2, "1")):
@@ -364,6 +371,7 @@ def test_a_pair_of_ones_own(
     assert float(abs(read["approximation_gap"]).max()) < 1e-3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_progress_bars_are_shown_on_a_terminal_unless_refused(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -412,6 +420,7 @@ def test_the_document_says_what_the_ledger_says_and_nothing_else_is_printed(
     assert re.findall(r"`(\w+)`", " ".join(rows)) == list(said)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.filterwarnings("ignore:.*invalid value:RuntimeWarning")
 def test_what_is_no_number_is_null_with_a_reason(
     own: Path, capsys: pytest.CaptureFixture[str]
@@ -436,6 +445,7 @@ def test_every_null_of_a_figure_has_its_reason() -> None:
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("allowed", "status"), [("100", 0), ("0", 3)])
 def test_a_gap_above_what_is_allowed_has_an_exit_status(
     here: Path, capsys: pytest.CaptureFixture[str], allowed: str, status: int
@@ -568,6 +578,7 @@ def test_the_list_of_models_is_the_documentation_s_table(
 # --- Interrupted, and gone on with -------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_goes_on_is_the_same_and_does_not_train(
     here: Path, seen: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -592,6 +603,7 @@ def test_a_run_that_goes_on_is_the_same_and_does_not_train(
     assert (settings["seed"], settings["num_samples"]) == (4, 5000)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_trained_pair_can_be_loaded(here: Path, seen: SimpleNamespace) -> None:
     assert cli.main(["compare", *SMALL]) == 0
     state = torch.load(here / "ppvae-out" / "trained.pt", weights_only=True)
@@ -602,6 +614,7 @@ def test_the_trained_pair_can_be_loaded(here: Path, seen: SimpleNamespace) -> No
     assert torch.equal(weights, ppvae.log_weights(model, trained, seen.test, num_samples=3))
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.fills_store
 def test_parameters_that_have_no_module_are_kept_too(own: Path) -> None:
     command = ["compare", "my_module:bare", "--data", "rows.npy", *SMALL, "--lr", "0.1"]
@@ -614,6 +627,7 @@ def test_parameters_that_have_no_module_are_kept_too(own: Path) -> None:
     xarray.testing.assert_identical(ledger(own / "ppvae-out").drop_attrs(), before.drop_attrs())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_does_not_go_on_is_refused_in_one_line(
     own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -663,6 +677,7 @@ def test_an_interrupt_after_the_comparison_leaves_it_written(
     assert files(here / "none") == set()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_ends_the_training_and_then_the_run_which_goes_on_later(
     own: Path, seen: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -673,7 +688,7 @@ def test_ctrl_c_ends_the_training_and_then_the_run_which_goes_on_later(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"STUBBORN": "1", "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"STUBBORN": "1", "PYTHONPATH": str(Path(ppvae.__file__).parents[1])},
     ) as process:
         assert process.stdout is not None
         # Nothing is waited for without end.
@@ -700,7 +715,7 @@ def test_ctrl_c_ends_the_training_and_then_the_run_which_goes_on_later(
     saved = torch.load(own / "ppvae-out" / "trained.pt", weights_only=True)["modules"]["guide"]
     guide = seen.comparison.guides["amortized"]
     assert all(torch.equal(value, saved[name]) for name, value in guide.state_dict().items())
-    assert files(own / "ppvae-out") == RECORDS | GAPS
+    assert files(own / "ppvae-out") == RECORDS
 
 
 # --- Mistakes ----------------------------------------------------------------------------------
