@@ -92,7 +92,7 @@ def fit_adversarial(
         discriminator_lr: That of the discriminator's own; ``lr`` if left out.
         seed: Seed of the order of the rows and of the draws; the caller's generators are left as
             they were.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The record of the run, with both losses. A loss that is no longer finite, or an interrupt

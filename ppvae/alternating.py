@@ -84,7 +84,7 @@ def fit_alternating(
     lr: float = 1e-2,
     batch_size: int = 128,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Alternation:
     r"""Train a model without an encoder, by alternating inference and learning.
 
@@ -115,7 +115,7 @@ def fit_alternating(
         lr: Adam's learning rate for the model.
         batch_size: Rows per round; at most all of them.
         seed: Seed of the order of the rows and of the draws.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The record of the run, with the guide. A loss that is no longer finite, or an interrupt

@@ -41,6 +41,7 @@ from ppvae.density import (
 from ppvae.evidence import Estimate, enumeration, iwae_from
 from ppvae.graphs import Repeated
 from ppvae.isolation import check_rows, forked_rng
+from ppvae.progress import Bar, progress_bar
 from ppvae.proposals import Prior, Proposal, proposal_of
 from ppvae.simulation import Simulated, simulate
 
@@ -146,6 +147,7 @@ def ais(
     schedule: Schedule | None = None,
     leapfrog_steps: int = 5,
     seed: int = 0,
+    progress: bool = True,
 ) -> Estimate:
     r"""Evidence per datum by annealed importance sampling.
 
@@ -187,6 +189,7 @@ def ais(
             `None` for those that the pilot run finds, each row's own.
         leapfrog_steps: Leapfrog steps of a proposal.
         seed: Seed of the chains; the caller's generators are left as they were.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The bound, an `AnnealedEstimate`, with the standard error of the log mean weight over
@@ -214,7 +217,7 @@ def ais(
             return _without_gradient(model, guide, x, sites, num_chains * num_steps)
         start = Prior(model) if guide is None else proposal_of(model, guide, x, sites)
         path = _Path(start, x, sites, betas, num_steps, num_chains, leapfrog_steps)
-        ((weights, acceptance),) = path.run(None)
+        ((weights, acceptance),) = path.run(None, shown=progress)
     return _estimate(weights, acceptance, x)
 
 
@@ -283,6 +286,7 @@ def sandwich(
     schedule: Schedule | None = None,
     leapfrog_steps: int = 5,
     seed: int = 0,
+    progress: bool = True,
 ) -> Sandwich:
     r"""Lower and upper bounds on log p(x) for simulated data: how far off is `ais` here?
 
@@ -306,6 +310,7 @@ def sandwich(
         schedule: Their places, as in `ais`.
         leapfrog_steps: Leapfrog steps of a proposal.
         seed: Seed of data and chains; the caller's generators are left as they were.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         Both bounds and their distance.
@@ -347,7 +352,7 @@ def sandwich(
                 )
         start = Prior(model) if guide is None else proposal_of(model, guide, x, sites)
         path = _Path(start, x, sites, betas, num_steps, num_chains, leapfrog_steps)
-        lower, upper = path.run(None, drawn.latents)
+        lower, upper = path.run(None, drawn.latents, shown=progress)
     return Sandwich(x, _estimate(*lower, x), _estimate(*upper, x, upper=True))
 
 
@@ -655,24 +660,34 @@ class _Path:
             ]
         return [start.detach(), target.detach(), *slopes]
 
-    def run(self, *exact: Mapping[str, Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+    def run(
+        self, *exact: Mapping[str, Tensor] | None, shown: bool = False
+    ) -> list[tuple[Tensor, Tensor]]:
         """Log weights ``(num_chains, batch)`` and acceptance ``(batch,)``, for each argument.
 
         Args:
             *exact: Exact draws of the posteriors to run backwards from; `None` to run forwards.
+            shown: Whether to show a progress bar.
         """
         weights: list[list[Tensor]] = [[] for _ in exact]
         shares: list[list[Tensor]] = [[] for _ in exact]
-        for rows in self._rows:
-            course = self._pilot(rows)
-            for number, latents in enumerate(exact):
-                found = [self._run(rows, count, course, latents) for count in self._chains]
-                weights[number].append(torch.cat([w for w, _ in found]))
-                shares[number].append(torch.cat([a for _, a in found]).mean(dim=0))
+        total = len(self._rows) * len(exact) * len(self._chains) * self._num_steps
+        with progress_bar(total, "annealing", "step", shown=shown) as bar:
+            for rows in self._rows:
+                course = self._pilot(rows)
+                for number, latents in enumerate(exact):
+                    found = [self._run(rows, count, course, latents, bar) for count in self._chains]
+                    weights[number].append(torch.cat([w for w, _ in found]))
+                    shares[number].append(torch.cat([a for _, a in found]).mean(dim=0))
         return [(torch.cat(w, dim=1), torch.cat(a)) for w, a in zip(weights, shares, strict=True)]
 
     def _run(
-        self, rows: slice, count: int, course: _Course, latents: Mapping[str, Tensor] | None
+        self,
+        rows: slice,
+        count: int,
+        course: _Course,
+        latents: Mapping[str, Tensor] | None,
+        bar: Bar,
     ) -> tuple[Tensor, Tensor]:
         if self._betas is None:
             betas = course.temperatures(self._num_steps)
@@ -703,6 +718,7 @@ class _Path:
                 # Forwards to the density at t, backwards to the one before it.
                 beta = betas[:, t if latents is None else t - 1]
                 accepted += chains.move(beta, *course.at(beta))
+            bar.advance()
         return weights, accepted / (len(order) - 1)
 
     def _pilot(self, rows: slice) -> _Course:

@@ -251,6 +251,7 @@ def calibrate(
     per_datapoint: bool = False,
     num_samples: int = 99,
     seed: int = 0,
+    progress: bool = True,
 ) -> Calibration:
     r"""Are the guide's posteriors as wide as they should be, and in the right place?
 
@@ -286,6 +287,7 @@ def calibrate(
             ``"per_datapoint"``, or ``"per_datapoint of …"`` where there are several guides.
         num_samples: Draws S per row, at least 19.
         seed: Seed of data, draws and ties; the caller's generators are left as they were.
+        progress: Whether to show a progress bar of the fits, on a terminal or in a notebook.
 
     Returns:
         Ranks, z-scores and contraction per row and element, and what they come to.
@@ -347,7 +349,9 @@ def calibrate(
                 key = f"per_datapoint of {name}" if len(given) > 1 else "per_datapoint"
                 with _named(name):
                     stream = (seed + _FIT_STREAM) % 2**32
-                    fits[key] = fit_per_datapoint(model, None, x, init=guide, seed=stream)
+                    fits[key] = fit_per_datapoint(
+                        model, None, x, init=guide, seed=stream, progress=progress
+                    )
         with judging((seed + _PRIOR_STREAM) % 2**32, x, model), torch.no_grad():
             variance = _prior_variance(model, x, sites)
         truth = _flat(drawn.latents, sites, ()).double()

@@ -43,6 +43,7 @@ from ppvae.isolation import (
 )
 from ppvae.ledger import GAPS, Comparison
 from ppvae.local import LocalFit, by_site, fit_per_datapoint
+from ppvae.progress import SILENT, Bar, progress_bar
 from ppvae.training import Fit
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def compare(
     evidence: Estimate | None = None,
     max_steps: int | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Comparison:
     r"""Decompose the inference gap of a guide, or of several, datum by datum.
 
@@ -106,6 +108,7 @@ def compare(
             `ppvae.log_evidence` or `ppvae.ais`; found here if left out.
         max_steps: As in `fit_per_datapoint`.
         seed: Seed of all draws; the caller's generators are left as they were.
+        progress: Whether to show progress bars, on a terminal or in a notebook.
 
     Returns:
         The comparison; print it for the table.
@@ -161,6 +164,7 @@ def compare(
             evidence,
             max_steps,
             seed,
+            progress,
         )
 
 
@@ -197,6 +201,7 @@ def _compare(
     evidence: Estimate | None,
     max_steps: int | None,
     seed: int,
+    progress: bool,
 ) -> Comparison:
     for name, each in guides.items():
         with judging(seed, x, model, each), _named(name, several):
@@ -206,7 +211,13 @@ def _compare(
     plan = _plan(model, guides, x, sites, family, families)
     fits = {
         name: fit_per_datapoint(
-            model, wanted, x, init=starts or None, max_steps=max_steps, seed=seed + 1
+            model,
+            wanted,
+            x,
+            init=starts or None,
+            max_steps=max_steps,
+            seed=seed + 1,
+            progress=progress,
         )
         for name, (wanted, starts) in plan.fits.items()
     }
@@ -216,12 +227,13 @@ def _compare(
         label = "per_datapoint" if len(fits) == 1 else f"per_datapoint {name}"
         columns[label], of[label] = local.guide, name
     began = seconds_now(x.device)
-    weights = paired_weights(model, columns, x, num_samples, seed + 2)
+    with progress_bar(len(columns) * num_samples, "ELBO", "draw", shown=progress) as bar:
+        weights = paired_weights(model, columns, x, num_samples, seed + 2, bar)
     seconds_elbo = seconds_now(x.device) - began
     began = seconds_now(x.device)
     proposals = [*plan.freed.values(), *(local.guide for local in fits.values())]
     if evidence is None:
-        evidence = _evidence(model, sites, proposals, x, evidence_samples, seed + 3)
+        evidence = _evidence(model, sites, proposals, x, evidence_samples, seed + 3, progress)
     seconds_evidence = seconds_now(x.device) - began
     dataset = _ledger(weights, evidence, fits, of, list(guides))
     units = {name: _active(model, each, x, seed + 4) for name, each in columns.items()}
@@ -371,14 +383,23 @@ def _active(model: Program, guide: Program, x: Tensor, seed: int) -> tuple[float
 
 
 def paired_weights(
-    model: Program, guides: Mapping[str, Program], x: Tensor, num_samples: int, seed: int
+    model: Program,
+    guides: Mapping[str, Program],
+    x: Tensor,
+    num_samples: int,
+    seed: int,
+    bar: Bar = SILENT,
 ) -> dict[str, Tensor]:
-    """Log weights of several guides, ``(num_samples, batch)`` each, on common random numbers."""
+    """Log weights of several guides, ``(num_samples, batch)`` each, on common random numbers.
+
+    ``bar`` is told of each draw of all rows.
+    """
     parts: dict[str, list[Tensor]] = {name: [] for name in guides}
     for chunk, size in enumerate(draw_chunks(num_samples, x)):
         for name, guide in guides.items():
             with judging(seed + 7919 * chunk, x, model, guide), torch.no_grad():
                 parts[name].append(weigh(model, guide, x, size)[0])
+            bar.advance(size)
     return {name: torch.cat(part) for name, part in parts.items()}
 
 
@@ -389,6 +410,7 @@ def _evidence(
     x: Tensor,
     samples: int,
     seed: int,
+    progress: bool,
 ) -> Estimate:
     exact = exact_evidence(model, x)
     if exact is not None:
@@ -396,10 +418,10 @@ def _evidence(
     if num_configurations(sites) <= MOST_CONFIGURATIONS:
         return enumeration(model, x)
     if sites.size <= 2 and not any(s.is_discrete for s in sites.latents.values()):
-        integral = quadrature(model, x)
+        integral = quadrature(model, x, progress=progress)
         if bool((integral.stderr < _LARGEST_QUADRATURE_ERROR).all()):
             return integral
-    return mixture_evidence(model, proposals, x, samples, seed=seed)
+    return mixture_evidence(model, proposals, x, samples, seed=seed, progress=progress)
 
 
 def _difference_variances(weights: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:

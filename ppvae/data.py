@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "Binarization", "ImageData", "load", "read_amat"]
+__all__ = ["NAMES", "Binarization", "Description", "ImageData", "describe", "load", "read_amat"]
 
 Binarization = Literal["static", "dynamic", "threshold"]
 """How grey pixels became binary; see the module's text. `None` beside it means grey pixels."""
@@ -209,8 +210,7 @@ def load(
             f"Expected a binarization of {name} among "
             f"{', '.join(map(repr, source.binarizations))}; got {binarization!r}."
         )
-    folder = Path.home() / ".cache" / "ppvae" if root is None else Path(root).expanduser()
-    grey = source.read(folder, download)
+    grey = source.read(_folder(root), download)
     train, test = grey.train, grey.test
     if chosen == "threshold":
         train, test = (train >= 0.5).float(), (test >= 0.5).float()
@@ -229,6 +229,75 @@ def load(
         test_labels=grey.test_labels,
         train_intensities=grey.train if chosen == "dynamic" else None,
     )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a data set without reading it.
+
+    Attributes:
+        name: One of `NAMES`.
+        num_train: Number of training rows.
+        num_test: Number of test rows.
+        event_shape: Height and width of an image.
+        binarization: How its pixels become binary by default, or `None` where they stay grey.
+        binarizations: All that may be asked for.
+        split: How training and test rows are told apart.
+        source: Where the images come from.
+        missing: What is not there to read it: files, or a package.
+        can_download: Whether ``load(..., download=True)`` fetches it.
+    """
+
+    name: str
+    num_train: int
+    num_test: int
+    event_shape: tuple[int, int]
+    binarization: Binarization | None
+    binarizations: tuple[Binarization | None, ...]
+    split: str
+    source: str
+    missing: tuple[str, ...]
+    can_download: bool
+
+
+def describe(name: str, *, root: str | Path | None = None) -> Description:
+    """Say what a named data set is, and whether it could be loaded.
+
+    Whether its files are whole is known only when they are loaded.
+
+    Args:
+        name: One of `NAMES`.
+        root: Folder of the files, as in `load`.
+
+    Raises:
+        ValueError: An unknown name.
+        ImportError: torchvision (`mnist`, `fashion-mnist`) is missing.
+
+    Example:
+        >>> from ppvae import data
+        >>> digits = data.describe("digits")
+        >>> digits.num_train, digits.num_test, digits.missing
+        (1500, 297, ())
+    """
+    if name not in _SOURCES:
+        raise ValueError(f"Unknown data set {name!r}. Known: {', '.join(NAMES)}.")
+    source = _SOURCES[name]
+    return Description(
+        name=name,
+        num_train=source.num_train,
+        num_test=source.num_test,
+        event_shape=source.event_shape,
+        binarization=source.default,
+        binarizations=source.binarizations,
+        split=source.split,
+        source=source.origin,
+        missing=tuple(source.missing(_folder(root))),
+        can_download=source.can_download,
+    )
+
+
+def _folder(root: str | Path | None) -> Path:
+    return Path.home() / ".cache" / "ppvae" if root is None else Path(root).expanduser()
 
 
 def read_amat(path: str | Path, *, x_dim: int = 784) -> Tensor:
@@ -303,12 +372,24 @@ def _read_digits(_root: Path, _download: bool) -> _Grey:
     return _Grey(rows[:1500], rows[1500:], labels[:1500], labels[1500:])
 
 
+def _no_sklearn(_root: Path) -> list[str]:
+    return [] if find_spec("sklearn") else ["scikit-learn"]
+
+
+def _torchvision_files(name: str, class_name: str) -> Callable[[Path], list[str]]:
+    def missing(root: Path) -> list[str]:
+        dataset = getattr(_optional("torchvision.datasets", "torchvision", name), class_name)
+        names = [Path(address).stem for address, _ in dataset.resources]
+        return [file for file in names if not (root / class_name / "raw" / file).is_file()]
+
+    return missing
+
+
 def _torchvision_reader(name: str, class_name: str) -> Callable[[Path, bool], _Grey]:
     def read(root: Path, download: bool) -> _Grey:
         dataset = getattr(_optional("torchvision.datasets", "torchvision", name), class_name)
         folder = root / class_name / "raw"
-        files = [folder / Path(address).stem for address, _ in dataset.resources]
-        missing = [file.name for file in files if not file.is_file()]
+        missing = _torchvision_files(name, class_name)(root)
         if missing and not download:
             raise FileNotFoundError(
                 f"{name}: {', '.join(missing)} not found in {folder}. Pass the folder that holds "
@@ -351,12 +432,34 @@ def _find(name: str, root: Path, folder: str, files: list[str]) -> Path:
     )
 
 
+def _not_found(name: str, folder: str, *files: list[str]) -> Callable[[Path], list[str]]:
+    """The files that are missing, of lists of alternatives."""
+
+    def missing(root: Path) -> list[str]:
+        lost = []
+        for alternatives in files:
+            try:
+                _find(name, root, folder, alternatives)
+            except FileNotFoundError:
+                lost.append(alternatives[0])
+        return lost
+
+    return missing
+
+
+_AMAT = {"train": 50_000, "valid": 10_000, "test": 10_000}
+
+
+def _amat_files(part: str) -> list[str]:
+    file = f"binarized_mnist_{part}.amat"
+    return [file, f"{file}.gz"]
+
+
 def _read_binarized_mnist(root: Path, _download: bool) -> _Grey:
     name = "binarized-mnist"
     parts = []
-    for part, num_rows in (("train", 50_000), ("valid", 10_000), ("test", 10_000)):
-        file = f"binarized_mnist_{part}.amat"
-        path = _find(name, root, "binarized_mnist", [file, f"{file}.gz"])
+    for part, num_rows in _AMAT.items():
+        path = _find(name, root, "binarized_mnist", _amat_files(part))
         rows = read_amat(path)
         if len(rows) != num_rows:
             raise ValueError(f"{name}: expected {num_rows} rows in {path}; got {len(rows)}.")
@@ -382,24 +485,59 @@ def _read_frey(root: Path, _download: bool) -> _Grey:
 
 @dataclass(frozen=True)
 class _Source:
-    """How to read a data set, and what may be asked of it."""
+    """How to read a data set, and what may be asked of it and said of it."""
 
     read: Callable[[Path, bool], _Grey]
+    missing: Callable[[Path], list[str]]
+    num_train: int
+    num_test: int
     event_shape: tuple[int, int]
     default: Binarization | None
+    split: str
+    origin: str
+    can_download: bool = False
     binarizations: tuple[Binarization | None, ...] = ("static", "dynamic", "threshold", None)
 
 
 _SOURCES: dict[str, _Source] = {
-    "digits": _Source(_read_digits, (8, 8), "threshold"),
-    "mnist": _Source(_torchvision_reader("mnist", "MNIST"), (28, 28), "static"),
+    "digits": _Source(
+        _read_digits,
+        _no_sklearn,
+        *(1_500, 297, (8, 8), "threshold"),
+        split="shuffled once and for all",
+        origin="Alpaydin and Kaynak 1998, UCI repository; inside scikit-learn",
+    ),
+    "mnist": _Source(
+        _torchvision_reader("mnist", "MNIST"),
+        _torchvision_files("mnist", "MNIST"),
+        *(60_000, 10_000, (28, 28), "static"),
+        split="its own",
+        origin="LeCun, Cortes and Burges; from torchvision",
+        can_download=True,
+    ),
     "fashion-mnist": _Source(
-        _torchvision_reader("fashion-mnist", "FashionMNIST"), (28, 28), "threshold"
+        _torchvision_reader("fashion-mnist", "FashionMNIST"),
+        _torchvision_files("fashion-mnist", "FashionMNIST"),
+        *(60_000, 10_000, (28, 28), "threshold"),
+        split="its own",
+        origin="Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747; from torchvision",
+        can_download=True,
     ),
     "binarized-mnist": _Source(
-        _read_binarized_mnist, (28, 28), "static", binarizations=("static",)
+        _read_binarized_mnist,
+        _not_found("binarized-mnist", "binarized_mnist", *map(_amat_files, _AMAT)),
+        *(60_000, 10_000, (28, 28), "static"),
+        split="training with validation files, against test",
+        origin="Salakhutdinov and Murray 2008, split of Larochelle and Murray 2011",
+        binarizations=("static",),
     ),
-    "frey": _Source(_read_frey, (28, 20), None),
+    "frey": _Source(
+        _read_frey,
+        _not_found("frey", "frey", ["freyfaces.npy"]),
+        *(1_565, 400, (28, 20), None),
+        split="the last 400 frames of the video held out",
+        origin="B. Frey's face in a video, from S. Roweis' page",
+    ),
 }
 
 NAMES: tuple[str, ...] = tuple(_SOURCES)

@@ -16,9 +16,12 @@ from ppvae.isolation import (
     seconds_now,
     unvalidated,
 )
+from ppvae.progress import progress_bar
 
 # A diverged run goes back to the last state kept; one is kept this often, in steps.
 _KEEP_EVERY = 100
+# So many steps are "of late".
+_OF_LATE = 100
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,6 @@ def descend(
     Raises:
         ValueError: If the rows are unfit, or have another dtype than the modules.
     """
-    from tqdm.auto import tqdm
-
     x = x.detach()
     check_rows(x, *modules)
     _check_dtype(x, modules)
@@ -131,10 +132,19 @@ def descend(
     clock: list[float] = []
     began = seconds_now(where)
     status, completed = f"completed {steps} steps", True
-    bar = tqdm(total=steps, disable=not progress, desc=name, unit="step", leave=False)
+
+    def of_late() -> str:
+        last = torch.tensor(losses[-_OF_LATE:]).mean(dim=0).tolist()
+        return f"loss {' '.join(f'{value:.3f}' for value in last)}"
+
     try:
         # Without validation a network that has run away gives a loss of NaN, not an error.
-        with private_store(), forked_rng(seed, where), unvalidated():
+        with (
+            progress_bar(steps, name, "step", shown=progress) as bar,
+            private_store(),
+            forked_rng(seed, where),
+            unvalidated(),
+        ):
             for rows in _minibatches(x, size, steps):
                 before = _copy(tensors) if len(losses) % _KEEP_EVERY == 0 else None
                 values = _round(players, rows)
@@ -144,9 +154,7 @@ def descend(
                     good, kept = before, len(losses)
                 losses.append(values)
                 clock.append(seconds_now() - began)
-                if before is not None:
-                    bar.set_postfix(loss=" ".join(f"{value:.3f}" for value in values))
-                bar.update()
+                bar.advance(figure=of_late)
         if len(losses) < steps or not all(bool(torch.isfinite(t).all()) for t in tensors):
             _put(tensors, good)
             at = min(len(losses) + 1, steps)
@@ -157,8 +165,10 @@ def descend(
             )
     except KeyboardInterrupt:
         status, completed = f"interrupted after {len(losses)} of {steps} steps", False
+        if not all(bool(torch.isfinite(t).all()) for t in tensors):
+            _put(tensors, good)
+            status += f", and diverged: the parameters after {kept} steps were kept"
     finally:
-        bar.close()
         for module in modules:
             for param in module.parameters():
                 param.grad = None

@@ -33,6 +33,7 @@ from ppvae.density import (
 )
 from ppvae.guides import PerDatapoint
 from ppvae.isolation import check_rows, unvalidated
+from ppvae.progress import progress_bar
 from ppvae.proposals import Freed, knows_any_value, mixture_weights
 
 Bound = Literal["lower", "upper", "exact"]
@@ -228,7 +229,13 @@ def iwae_from(parts: Iterable[Tensor]) -> Estimate:
 
 
 def mixture_evidence(
-    model: Program, guides: Sequence[PerDatapoint], x: Tensor, num_samples: int, *, seed: int = 0
+    model: Program,
+    guides: Sequence[PerDatapoint],
+    x: Tensor,
+    num_samples: int,
+    *,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Estimate:
     r"""Importance-weighted evidence per datum, with the mixture of several guides as proposal.
 
@@ -247,6 +254,7 @@ def mixture_evidence(
         x: Rows, ``(batch, *event)``.
         num_samples: Draws S per row and guide, at least 2.
         seed: Seed of the draws; the caller's generators are left as they were.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The bound with the standard error of the log mean weight (delta method).
@@ -272,7 +280,9 @@ def mixture_evidence(
         if len(proposals) > 1 and not all(knows_any_value(each, x) for each in proposals):
             # A flow without an inverse knows the density of its own draws alone.
             proposals = proposals[-1:]
-        return mixture_of(mixture_weights(proposals, x, num_samples))
+        total = len(proposals) * num_samples
+        with progress_bar(total, "log p(x)", "draw", shown=progress) as bar:
+            return mixture_of(mixture_weights(proposals, x, num_samples, bar))
 
 
 def mixture_of(weights: Tensor) -> Estimate:
@@ -363,7 +373,9 @@ _MOST_NODES = {1: 65_537, 2: 513}
 _MOST_ROWS = {1: 4096, 2: 64}
 
 
-def quadrature(model: Program, x: Tensor, *, tolerance: float = 1e-6) -> Estimate:
+def quadrature(
+    model: Program, x: Tensor, *, tolerance: float = 1e-6, progress: bool = True
+) -> Estimate:
     r"""Evidence by numerical integration, for latents of at most two dimensions.
 
     .. math:: \log p(x_n) = \log \int p(x_n, T(u))\, |\det T'(u)| \, du
@@ -378,6 +390,7 @@ def quadrature(model: Program, x: Tensor, *, tolerance: float = 1e-6) -> Estimat
         x: Rows, ``(batch, *event)``.
         tolerance: Wanted agreement between two levels, in nats; where rounding in the rows'
             floating point type is larger than that, agreement up to rounding.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         log p(x) with the last difference between two levels as its ``stderr``; ``bound`` is
@@ -405,8 +418,11 @@ def quadrature(model: Program, x: Tensor, *, tolerance: float = 1e-6) -> Estimat
             )
         dims = sites.size
         integrand = _Integrand(model, list(sites.latents.values()), dims)
-        starts = range(0, len(x), _MOST_ROWS[dims])
-        parts = [_integrate(integrand, x[i : i + _MOST_ROWS[dims]], tolerance) for i in starts]
+        parts = []
+        with progress_bar(len(x), "log p(x)", "row", shown=progress) as bar:
+            for rows in x.split(_MOST_ROWS[dims]):
+                parts.append(_integrate(integrand, rows, tolerance))
+                bar.advance(len(rows))
     value, error = (torch.cat(column) for column in zip(*parts, strict=True))
     return Estimate(value, error, "exact", "quadrature")
 

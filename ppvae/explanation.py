@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -37,6 +38,7 @@ from ppvae.ledger import Comparison
 from ppvae.local import fit_per_datapoint, flat_params
 from ppvae.markup import TextTable
 from ppvae.nn import MLP
+from ppvae.progress import SILENT, Bar, progress_bar
 
 if TYPE_CHECKING:
     import xarray
@@ -150,6 +152,7 @@ def explain(
     lr: float = 1e-3,
     num_rows: int | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Explanation:
     r"""Split an amortization gap into its causes.
 
@@ -181,6 +184,7 @@ def explain(
             cosine.
         num_rows: Rows of V; as many as were compared if left out, at most a fifth of ``x_train``.
         seed: Seed of all draws; the caller's generators are left as they were.
+        progress: Whether to show progress bars, on a terminal or in a notebook.
 
     Returns:
         The parts. The guide and the model are afterwards what they were.
@@ -211,16 +215,19 @@ def explain(
     setting = EncoderTraining.of(comparison.model, program, x_train, seed)
     check_current(comparison, name)
     fits = [
-        fit_per_datapoint(comparison.model, None, part, init=program, seed=seed + 1)
+        fit_per_datapoint(
+            comparison.model, None, part, init=program, seed=seed + 1, progress=progress
+        )
         for part in (rows.measured, rows.seen)
     ]
     optimum, optimum_seen = (flat_params(best.guide, setting.elbo.families) for best in fits)
-    with setting.restored():
+    with setting.restored(), progress_bar(2 * steps, "encoders", "step", shown=progress) as bar:
         before = setting.encode(rows.measured)
-        longer = setting.train(setting.encode, rows, steps, batch_size, lr)
+        longer = setting.train(setting.encode, rows, steps, batch_size, lr, bar=bar)
         further = setting.encode(rows.measured)
         wide = _Widened(setting, rows.fitted)
-        wider = setting.train(wide, rows, steps, batch_size, min(lr, _WIDE_LR), wide.network)
+        wide_lr = min(lr, _WIDE_LR)
+        wider = setting.train(wide, rows, steps, batch_size, wide_lr, wide.network, bar)
         widened, widened_seen = wide(rows.measured), wide(rows.seen)
     elbos = setting.elbos(rows.measured, [before, further, widened, optimum], seed + 2)
     seen = setting.elbos(rows.seen, [widened_seen, optimum_seen], seed + 3)
@@ -409,6 +416,7 @@ class EncoderTraining:
         batch_size: int,
         lr: float,
         network: nn.Module | None = None,
+        bar: Bar = SILENT,
     ) -> Curve:
         """Adam on the local ELBO; keeps the state that is best on the rows to choose on.
 
@@ -419,6 +427,7 @@ class EncoderTraining:
             batch_size: Rows per step.
             lr: Learning rate at the start of a cosine.
             network: What is trained; if left out, those parameters of the guide that move λ.
+            bar: Told of each step.
         """
         began = seconds_now(rows.fitted.device)
         few = rows.fitted[: min(len(rows.fitted), 16)]
@@ -451,6 +460,7 @@ class EncoderTraining:
                 seconds.append(seconds_now(few.device) - began)
                 if now > best:
                     best, kept = now, [p.detach().clone() for p in params]
+            bar.advance(figure=partial("ELBO {:.3f} nats".format, best))
         with torch.no_grad():
             for param, value in zip(params, kept, strict=True):
                 param.copy_(value)

@@ -55,9 +55,10 @@ from ppvae.families import (
 )
 from ppvae.fisher import LocalElbo, Table, adaptive_ascent, tabulated_ascent
 from ppvae.guides import PerDatapoint, per_datapoint
-from ppvae.isolation import check_rows, seconds_now, unvalidated
+from ppvae.isolation import check_rows, forked_rng, seconds_now, unvalidated
 from ppvae.markup import Cell, TextTable, card
 from ppvae.natural import Climb, GaussianElbo, best_of_draws, natural_ascent, other_modes
+from ppvae.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def fit_per_datapoint(
     num_samples: int = 1000,
     tolerance: float = 1e-3,
     seed: int = 0,
+    progress: bool = True,
 ) -> LocalFit:
     r"""Find :math:`q^*_n = \arg\max_{q \in Q} L_n[q]` for each row, the model held fixed.
 
@@ -155,6 +157,9 @@ def fit_per_datapoint(
         num_samples: Fresh draws for the reported ELBO.
         tolerance: A row has converged when it has less than this to gain, in nats.
         seed: Seed of all draws; the caller's generators are left as they were.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
+            It says how many rows are done and, with ``init``, what they gained on it: their mean
+            amortization gap so far.
 
     Returns:
         The fit, with a guide for these rows.
@@ -194,7 +199,11 @@ def fit_per_datapoint(
         wanted = num_draws if gaussian else 2 * num_draws
         elbo = LocalElbo(model, families, _enough_draws(wanted, size), len(x))
         parts = []
-        with unvalidated():  # A row that strays must not stop the others.
+        gap = _GapSoFar(elbo)
+        with (
+            progress_bar(len(x), "q*", "row", shown=progress) as bar,
+            unvalidated(),  # A row that strays must not stop the others.
+        ):
             small = gaussian or _is_scalar(families)
             for rows in row_chunks(x, min(size, _MOST_AT_ONCE) if small else elbo.num_draws):
                 begins = [start[rows] for start in warm]
@@ -203,11 +212,14 @@ def fit_per_datapoint(
                 starts = [*begins, cold[rows]]
                 *end, winner, gained = _fit_rows(elbo, sites, x[rows], starts, max_steps, tolerance)
                 parts.append((*end, (winner - len(begins) + 1).clamp(min=0), gained))
+                if bar.drawn and warm:
+                    gap.add(x[rows], end[0], warm[0][rows])
+                bar.advance(len(x[rows]), gap.__str__)
         params, gain, noise, steps, start, restart = (
             torch.cat(column) for column in zip(*parts, strict=True)
         )
         fill_tables(guide, params)
-    seconds = seconds_now(x.device) - began
+    seconds = seconds_now(x.device) - began - gap.seconds
     with judging(seed + 1, x, model, guide), torch.no_grad():
         weights = torch.cat(
             [weigh(model, guide, x, size)[0] for size in draw_chunks(num_samples, x)]
@@ -231,6 +243,28 @@ def fit_per_datapoint(
         seconds=seconds,
         status=_status(converged),
     )
+
+
+class _GapSoFar:
+    """The mean amortization gap of the rows that are done, for somebody who looks on.
+
+    Its draws and its seconds are no part of the fit.
+    """
+
+    def __init__(self, elbo: LocalElbo) -> None:
+        self.elbo, self.total, self.count, self.seconds = elbo, 0.0, 0, 0.0
+
+    def add(self, x: Tensor, best: Tensor, start: Tensor) -> None:
+        began = seconds_now(x.device)
+        with forked_rng(0, x.device):
+            for rows in row_chunks(x, _SHOWN_DRAWS):
+                gap = self.elbo.difference(x[rows], best[rows], start[rows], _SHOWN_DRAWS)
+                self.total += float(gap.mean(dim=0).sum())
+        self.count += len(x)
+        self.seconds += seconds_now(x.device) - began
+
+    def __str__(self) -> str:
+        return f"amortization gap {self.total / self.count:.3f} nats" if self.count else ""
 
 
 def _status(converged: Tensor) -> str:
@@ -320,6 +354,8 @@ _MOST_AT_ONCE = 32
 _NARROW = 0.3
 # Evaluations on common draws that compare two ends.
 _COMPARED = 4
+# Draws for the gap that a progress bar shows.
+_SHOWN_DRAWS = 16
 # Values of discrete sites that each have a fit of the other sites, and the log odds of the best in
 # the start that is made of them.
 _MOST_HELD, _NEAR_ONE_VALUE = 32, 5.0

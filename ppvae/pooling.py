@@ -16,6 +16,7 @@ from ppvae.density import ModelSites, Program, check_pair, judging, read_model, 
 from ppvae.diagnostics import FLAT, effective_sample_size, pareto_k
 from ppvae.evidence import Estimate, enumeration, exact_evidence, mixture_of, quadrature
 from ppvae.isolation import check_rows, unvalidated
+from ppvae.progress import Bar, progress_bar
 from ppvae.proposals import Prior, Proposal, mixture_weights, proposal_of
 
 # Draws of all proposals together that tell how many a row needs, and the spare that they leave;
@@ -69,6 +70,7 @@ def log_evidence(
     target_stderr: float = 0.01,
     budget: int = 100_000,
     seed: int = 0,
+    progress: bool = True,
 ) -> PooledEstimate:
     r"""log p(x) per datum to a wanted standard error, by whatever takes least.
 
@@ -101,6 +103,8 @@ def log_evidence(
         budget: Most evaluations of the joint density for a row, without those of pilot runs; a
             gradient counts as three. A row that takes more gets what the budget allows.
         seed: Seed of the draws; the caller's generators are left as they were.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
+            It counts the rows whose figure is final.
 
     Returns:
         The figures, with the method, the evaluations and whether the error was reached for each
@@ -129,21 +133,28 @@ def log_evidence(
     programs = _listed(guides)
     check_rows(x, model, *programs)
     ledger = _Rows(x)
-    with judging(seed, x, model, *programs), torch.no_grad():
+    with (
+        progress_bar(len(x), "log p(x)", "row", shown=progress) as bar,
+        judging(seed, x, model, *programs),
+        torch.no_grad(),
+    ):
         sites = read_model(model, x)
         for guide in programs:
             check_pair(model, guide, x)
         left = _without_draws(model, sites, x, target_stderr, ledger)
+        bar.advance(len(x) - len(left))
         if len(left):
             with unvalidated():
                 proposals: list[Proposal] = [
                     proposal_of(model, guide, x, sites) for guide in programs
                 ] or [Prior(model)]
-                left, best = _weighted(proposals, sites, x, left, target_stderr, budget, ledger)
+                left, best = _weighted(
+                    proposals, sites, x, left, target_stderr, budget, ledger, bar
+                )
             for which, start in enumerate(proposals):
                 rows = left[best == which]
                 if len(rows):
-                    _annealed(start, x, rows, target_stderr, budget, ledger)
+                    _annealed(start, x, rows, target_stderr, budget, ledger, bar)
     return ledger.result(target_stderr)
 
 
@@ -245,7 +256,7 @@ def _without_draws(
         return everything[:0]
     if any(discrete) or sites.size > 2:
         return everything
-    found = quadrature(model, x, tolerance=min(1e-6, target))
+    found = quadrature(model, x, tolerance=min(1e-6, target), progress=False)
     # Annealing may come no closer to a row than the integral did.
     known = torch.isfinite(found.value) & (found.stderr <= max(target, _AGREED))
     ledger.put(everything[known], _some(found, known), "quadrature", 0)
@@ -269,6 +280,7 @@ def _weighted(
     target: float,
     budget: int,
     ledger: _Rows,
+    bar: Bar,
 ) -> tuple[Tensor, Tensor]:
     """Importance weighting where it does; gives the rows left, and the best proposal of each."""
     pilot = -(-_PILOT_DRAWS // len(proposals))
@@ -303,6 +315,7 @@ def _weighted(
             some = [p.of_rows(own) for p in proposals]
             found = mixture_of(mixture_weights(some, x[own], int(draws)))
             ledger.put(own, found, "iwae", count * int(draws))
+            bar.advance(len(own))
     # The best start is the one whose own draws weigh most in the mean of the mixture's ELBO.
     best = weights.mean(dim=1).argmax(dim=0)
     return rows[~here], best[~here]
@@ -315,6 +328,7 @@ def _annealed(
     target: float,
     budget: int,
     ledger: _Rows,
+    bar: Bar,
 ) -> None:
     """Annealing, with the temperatures that a short run asks for."""
 
@@ -344,3 +358,4 @@ def _annealed(
         closer = ~(found.stderr >= ledger.stderr[chosen])
         ledger.put(chosen[closer], _some(found, closer), "ais")
         ledger.scattered[chosen[closer]] = ~(found.spread[closer] <= MOST_SPREAD)
+        bar.advance(len(chosen))

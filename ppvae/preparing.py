@@ -1,26 +1,36 @@
-"""What a run of the command line starts from: its settings, its rows and its pair.
+"""What a run of the command line starts from: its settings, its rows and its pair, or a saved run.
 
 A mistake in them is a `ValueError` of one sentence or two, which names the argument.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor, nn
 
 from ppvae import data, families, pairs
 from ppvae.density import Program, log_weights
 from ppvae.guides import per_datapoint
-from ppvae.isolation import check_rows, forked_rng, private_store
+from ppvae.isolation import (
+    check_rows,
+    evaluation_mode,
+    forked_rng,
+    modules_of,
+    private_store,
+)
+from ppvae.training import Fit
 
 FAMILIES: Mapping[str, Callable[[int | None], families.Family]] = {
     "diagonal-normal": families.DiagonalNormal,
@@ -33,6 +43,10 @@ FAMILIES: Mapping[str, Callable[[int | None], families.Family]] = {
 _SIMULATED_DIM = 6
 # How many rows are drawn to train on, where the data come from the model.
 _SIMULATED_ROWS = 10_000
+# The trained pair, in the folder of a run.
+SAVED = "trained.pt"
+# What is kept of a training's record.
+_KEPT = ("losses", "elapsed", "seconds", "status", "completed", "steps", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -294,3 +308,118 @@ def _check(settings: Settings, model: Program, guide: Program, rows: Rows) -> No
         raise ValueError(
             f"PAIR: {settings.pair} fails on rows of shape {tuple(few.shape)}: {_said(error)}"
         ) from error
+
+
+# --- A run that goes on ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A trained pair as it was written, and what it was trained with."""
+
+    path: Path
+    settings: Settings
+    training: Fit | None
+    state: Mapping[str, Any]
+
+
+def save_run(
+    out: Path, settings: Settings, model: Program, guide: Program, rows: Rows, training: Fit | None
+) -> None:
+    """Write the pair, the record of its training and the settings into the folder.
+
+    An earlier file stays whole until the new one is.
+    """
+    state = {
+        "settings": asdict(settings),
+        "modules": {name: m.state_dict() for name, m in _modules(model, guide).items()},
+        "bare": {name: p.detach().clone() for name, p in _bare(model, guide, rows).items()},
+        "training": None if training is None else {key: getattr(training, key) for key in _KEPT},
+        "rows": rows.test,
+    }
+    partial = out / f"{SAVED}.part"
+    torch.save(state, partial)
+    os.replace(partial, out / SAVED)
+
+
+def load_run(folder: Path, changes: Mapping[str, Any]) -> SavedRun:
+    """Read what `save_run` wrote, with some of the settings changed.
+
+    Raises:
+        ValueError: If there is nothing, or nothing that can be read.
+    """
+    path = folder / SAVED
+    if not path.is_file():
+        raise ValueError(
+            f"--resume {folder}: there is no {SAVED}, which a run leaves in its folder once it "
+            f"has trained."
+        )
+    try:
+        # Tensors, numbers and words alone: nothing in the file is run.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        record = state["settings"]
+        if record["hidden"] is not None:
+            record["hidden"] = tuple(record["hidden"])
+        settings = Settings(**{f.name: record[f.name] for f in fields(Settings)} | dict(changes))
+        training = None if state["training"] is None else Fit(**state["training"])
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--resume {folder}: {SAVED} is damaged, or of another version of ppvae: {_said(error)}"
+        ) from error
+    return SavedRun(path, settings, training, state)
+
+
+def restore(saved: SavedRun, model: Program, guide: Program, rows: Rows) -> None:
+    """Give a pair, as `prepare` made it, the parameters that were saved.
+
+    Raises:
+        ValueError: If the pair or its rows are not what they were.
+    """
+    before = saved.state["rows"].to(rows.test)
+    if before.shape != rows.test.shape or not torch.allclose(before, rows.test, atol=1e-5):
+        raise ValueError(
+            f"--resume {saved.path.parent}: the rows of {saved.settings.data or 'the model'} are "
+            f"no longer those that were held out. Train again."
+        )
+    modules, bare = _modules(model, guide), _bare(model, guide, rows)
+    for what, have, had in (
+        ("modules", modules, saved.state["modules"]),
+        ("parameters", bare, saved.state["bare"]),
+    ):
+        if set(have) != set(had):
+            raise ValueError(
+                f"--resume {saved.path.parent}: the pair has the {what} {sorted(have)}; trained "
+                f"were {sorted(had)}. Train again."
+            )
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(saved.state["modules"][name])
+        for name, param in bare.items():
+            param.data.copy_(saved.state["bare"][name])
+    except RuntimeError as error:
+        raise ValueError(
+            f"--resume {saved.path.parent}: the pair is not the one that was trained: {error}"
+        ) from error
+
+
+def _modules(model: Program, guide: Program) -> dict[str, nn.Module]:
+    """All modules of a pair by a name that a second run gives them too."""
+    named = {"model": model, "guide": guide}
+    out = {name: part for name, part in named.items() if isinstance(part, nn.Module)}
+    others = [m for m in modules_of(model, guide) if all(m is not known for known in out.values())]
+    return out | {f"module {number}": module for number, module in enumerate(others)}
+
+
+def _bare(model: Program, guide: Program, rows: Rows) -> dict[str, Tensor]:
+    """The parameters that bare ``pyro.param`` statements of a pair have in Pyro's store."""
+    used: dict[str, Any] = {"params": {}, "constraints": {}}
+    few = rows.test[:2]
+    with forked_rng(0, few.device), evaluation_mode(model, guide), torch.no_grad():
+        with pyro.get_param_store().scope(used):
+            model(few), guide(few)
+        names = {name for name, p in used["params"].items() if not isinstance(p, nn.Parameter)}
+        with private_store(keep_bare=True):
+            if names:
+                model(few), guide(few)
+            params = pyro.get_param_store().get_state()["params"]
+    return {name: params[name] for name in names}

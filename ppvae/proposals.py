@@ -29,6 +29,7 @@ from ppvae.density import (
 )
 from ppvae.families import Family
 from ppvae.guides import read_params
+from ppvae.progress import SILENT, Bar
 
 
 class Proposal(ABC):
@@ -135,7 +136,9 @@ class Conditioned(Proposal):
         return log_guide(self._guide, x, latents)
 
 
-def mixture_weights(proposals: Sequence[Proposal], x: Tensor, num_samples: int) -> Tensor:
+def mixture_weights(
+    proposals: Sequence[Proposal], x: Tensor, num_samples: int, bar: Bar = SILENT
+) -> Tensor:
     r"""Log weights of draws of several proposals against the mixture of all.
 
     .. math:: \log w_{ksn} = \log p(x_n, z_{ksn}) - \log \tfrac1K \sum_j q_j(z_{ksn}),
@@ -147,6 +150,7 @@ def mixture_weights(proposals: Sequence[Proposal], x: Tensor, num_samples: int) 
         proposals: K proposals for the same model. A single one may be a flow without an inverse.
         x: Rows.
         num_samples: Draws S of each.
+        bar: Told of each draw of all rows.
 
     Returns:
         ``(K, S, batch)``.
@@ -160,6 +164,7 @@ def mixture_weights(proposals: Sequence[Proposal], x: Tensor, num_samples: int) 
             terms = [own if p is proposal else p.log_prob(x, p.params, z) for p in proposals]
             mixture = torch.logsumexp(torch.stack(terms), dim=0) - math.log(len(proposals))
             parts.append(target - mixture)
+            bar.advance(size)
         found.append(torch.cat(parts))
     return torch.stack(found)
 

@@ -35,7 +35,7 @@ def fit_autoencoder(
         batch_size: Rows per step; at most all of them.
         lr: Adam's learning rate.
         seed: Seed of the order of the rows; the caller's generators are left as they were.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The record of the run. A loss that is no longer finite, or an interrupt from the

@@ -3,9 +3,10 @@ r"""What it costs to mend a gap: nats recovered a datum against seconds, for eac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from ppvae.isolation import seconds_now
 from ppvae.ledger import Comparison
 from ppvae.local import LocalFit, fit_per_datapoint
 from ppvae.markup import TextTable
+from ppvae.progress import progress_bar
 from ppvae.refinement import Refinement, refine
 from ppvae.training import Fit
 
@@ -161,6 +163,7 @@ def repair_costs(
     steps: int = 2000,
     lr: float = 1e-3,
     seed: int = 0,
+    progress: bool = True,
 ) -> RepairCosts:
     r"""Measure what each repair of a guide brings and what it costs, on the compared rows.
 
@@ -185,6 +188,7 @@ def repair_costs(
         steps: Steps of the longer encoder training.
         lr: Its learning rate.
         seed: Seed of all draws; the caller's generators are left as they were.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The table; print it.
@@ -205,14 +209,18 @@ def repair_costs(
     check_current(comparison, name)
     _check(comparison, name, x_train)
     bench = _Bench(comparison, name, seed)
-    rows = list(bench.refinements())
-    rows += bench.fits()
     if families is None:
         families = bench.richer()
-    rows += [bench.family(each) for each in families]
+    kinds: list[Iterable[_Row]] = [bench.refinements(), bench.fits(), map(bench.family, families)]
     if x_train is not None:
-        rows += bench.trainings(x_train, steps, lr)
-    rows += bench.resamplings()
+        kinds.append(bench.trainings(x_train, steps, lr))
+    kinds.append(bench.resamplings())
+    count = len(_STEPS) + 2 + len(families) + 2 * (x_train is not None) + len(_RESAMPLED)
+    rows = []
+    with progress_bar(count, "repairs", "repair", shown=progress) as bar:
+        for row in chain.from_iterable(kinds):
+            rows.append(row)
+            bar.advance()
     return RepairCosts(_dataset(bench, rows, fit))
 
 
@@ -302,11 +310,9 @@ class _Bench:
     def _seconds_to_refine(self, count: int, x: Tensor) -> float:
         return self._refined(count, x).seconds
 
-    def fits(self) -> list[_Row]:
-        return [
-            self._fit("q* from the guide", "per datapoint", None, self.guide),
-            self._fit("q* cold", "per datapoint", self._families(), None),
-        ]
+    def fits(self) -> Iterator[_Row]:
+        yield self._fit("q* from the guide", "per datapoint", None, self.guide)
+        yield self._fit("q* cold", "per datapoint", self._families(), None)
 
     def family(self, family: Family) -> _Row:
         return self._fit(f"q* {family!r}", "family", family, None)
@@ -326,6 +332,7 @@ class _Bench:
                 init=init,
                 num_samples=2,
                 seed=self.seed,
+                progress=False,
             )
 
         whole = run(self.x)
@@ -345,14 +352,13 @@ class _Bench:
             return [FullRankNormal(only.latent_dim)]
         return []
 
-    def trainings(self, x_train: Tensor, steps: int, lr: float) -> list[_Row]:
+    def trainings(self, x_train: Tensor, steps: int, lr: float) -> Iterator[_Row]:
         setting = EncoderTraining.of(self.model, self.guide, x_train, self.seed)
         held = max(1, len(x_train) // 10)
         order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(self.seed)).to(
             x_train.device
         )
         rows = TrainingRows(x_train[order[held:]], x_train[order[:held]], x_train[:0], x_train[:0])
-        out = []
         with setting.restored():
             # Torch loads parts of itself when its first optimizer is made.
             setting.train(setting.encode, rows, 1, 128, lr)
@@ -363,19 +369,15 @@ class _Bench:
                 spent = seconds_now(self.x.device) - began
                 trained = per_datapoint(self.guide, self.x, model=self.model)
             fixed, per_row = self.encode
-            out.append(
-                self._row(
-                    f"{count:,} step{'s' * (count > 1)} of encoder training",
-                    "training",
-                    trained,
-                    fixed + spent,
-                    per_row,
-                )
+            yield self._row(
+                f"{count:,} step{'s' * (count > 1)} of encoder training",
+                "training",
+                trained,
+                fixed + spent,
+                per_row,
             )
-        return out
 
-    def resamplings(self) -> list[_Row]:
-        out = []
+    def resamplings(self) -> Iterator[_Row]:
         for count in _RESAMPLED:
             groups = max(20, _DRAWS // count)
 
@@ -392,15 +394,12 @@ class _Bench:
                     bound = torch.logsumexp(weights, dim=0) - math.log(count)
                     found.append(bound - weights.mean(dim=0))
             timed = self._timed(draw)
-            out.append(
-                _Row(
-                    f"resampling among {count:,} draws",
-                    "resampling",
-                    *_mean(torch.stack(found)),
-                    *timed,
-                )
+            yield _Row(
+                f"resampling among {count:,} draws",
+                "resampling",
+                *_mean(torch.stack(found)),
+                *timed,
             )
-        return out
 
 
 def _mean(differences: Tensor) -> tuple[float, float]:

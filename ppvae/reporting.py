@@ -180,7 +180,13 @@ def _draw_toy(x: Tensor, guide: Any, local: LocalFit, row: int, ax: Axes) -> Non
 def _toy(model: Any, guide: Any, settings: Settings) -> Picture:
     x = torch.tensor([1.5, 0.0], device=settings.device)
     local = fit_per_datapoint(
-        model, None, x, init=guide, max_steps=settings.max_steps, seed=settings.seed
+        model,
+        None,
+        x,
+        init=guide,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+        progress=False,
     )
     return draw(
         "toy_posterior",

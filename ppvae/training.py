@@ -43,9 +43,12 @@ from ppvae.isolation import (
 from ppvae.markup import Cell, TextTable, card
 from ppvae.objectives import BetaELBO, Objective
 from ppvae.precision import Precision, check_precision, lowered
+from ppvae.progress import Bar, progress_bar
 
 # A diverged run goes back to the last state kept; one is kept this often, in steps.
 _KEEP_EVERY = 100
+# So many steps are "of late".
+_OF_LATE = 100
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def fit(
             on, compiled; ``"auto"`` once the steps to come pay for it; `False` never. The result
             is the same, to rounding.
         seed: Seed of the order of the rows and of the draws.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The record of the run. A loss that is no longer finite, or an interrupt from the
@@ -348,9 +351,10 @@ class Run(Work):
 
     def train(self, batches: Batches, steps: int, progress: bool) -> tuple[str, bool]:
         """Take the steps; say what happened, and whether all were taken."""
-        from tqdm.auto import tqdm
+        with progress_bar(steps, "fit", "step", shown=progress) as bar:
+            return self._train(batches, steps, bar)
 
-        bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step", leave=False)
+    def _train(self, batches: Batches, steps: int, bar: Bar) -> tuple[str, bool]:
         stepper = Stepper(self, self.compile, steps)
         waiting: list[Tensor] = []
         try:
@@ -366,24 +370,40 @@ class Run(Work):
                     self._note(waiting)
                     # Known to be good only now, that their loss is finite.
                     self.good, self.kept = before or self.good, step
-                    bar.set_postfix(loss=f"{self.losses[-1]:.3f}")
-                bar.update()
-            self._note(waiting)
-            # No later loss has judged the last update.
-            if not all(bool(torch.isfinite(p).all()) for p in self.params):
-                raise _DivergedError
+                bar.advance(figure=self._of_late)
+            self._judge(waiting)
         except _DivergedError:
             self._put(self.good)
             at = min(len(self.losses) + 1, steps)
             return f"diverged at step {at}: {self._advice()}", False
         except KeyboardInterrupt:
-            return f"interrupted after {len(self.losses)} of {steps} steps", False
+            return self._interrupted(waiting, steps), False
         finally:
-            bar.close()
             self.report = stepper.report()
             for param in self.params:
                 param.grad = None
         return f"completed {steps} steps", True
+
+    def _judge(self, waiting: list[Tensor]) -> None:
+        """Read the last losses, and the parameters, whose last update no later loss has judged."""
+        self._note(waiting)
+        if not all(bool(torch.isfinite(p).all()) for p in self.params):
+            raise _DivergedError
+
+    def _interrupted(self, waiting: list[Tensor], steps: int) -> str:
+        """What is said of a run that was interrupted; it keeps what it has, where that is good."""
+        try:
+            self._judge(waiting)
+            kept = ""
+        except _DivergedError:
+            self._put(self.good)
+            kept = f", and diverged: {self._advice()}"
+        return f"interrupted after {len(self.losses)} of {steps} steps{kept}"
+
+    def _of_late(self) -> str:
+        """The mean of the last losses that are known."""
+        last = self.losses[-_OF_LATE:]
+        return f"loss {sum(last) / len(last):.3f} nats a datum" if last else ""
 
     def _note(self, waiting: list[Tensor]) -> None:
         """Read the losses of steps that have been launched.

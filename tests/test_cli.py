@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from importlib.metadata import entry_points, version
@@ -12,22 +15,31 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 import xarray
 
-from ppvae import cli
+import ppvae
+from ppvae import cli, pairs, reporting
+from ppvae.catalogue import PAIRS
 from ppvae.data import NAMES
+from ppvae.ledger import GAPS as GAP_NAMES
 from ppvae.models import ExponentialGaussian
 from ppvae.preparing import FAMILIES
+from ppvae.summaries import amortization_gap_at_most, as_json
 
 SMALL = ["--steps", "30", "--num-data", "8", "--num-samples", "100", "--no-progress"]
 GAPS = {"gap_bars.png", "gap_sorted.png", "pareto_k.png", "break_even.png"}
 TOY = {"toy_posterior.png", "gap_against_x.png"}
-RECORDS = {"ledger.nc", "settings.json", "report.html"}
+PAGE = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
+RECORDS = {"ledger.nc", "settings.json", "report.html", "trained.pt"}
 
 PAIR = """
+import os
+import time
+
 import torch
 from torch import nn
 
@@ -68,6 +80,57 @@ def scaled(x):
         pyro.sample("x", dist.Normal(z.expand(*z.shape[:-1], 3), 0.5).to_event(1), obs=x)
 
 
+class Stubborn(Model):
+    # Says how far it is, and once it is trained it never ends.
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.training and self.calls == 20:
+            print("training", flush=True)
+        if not self.training and self.calls >= 20 and len(x) > 2:
+            print("comparing", flush=True)
+            time.sleep(600)
+        return super().forward(x)
+
+
+def stubborn():
+    model, guide = build()
+    return Stubborn() if "STUBBORN" in os.environ else model, guide
+
+
+def bare_model(x):
+    weight = pyro.param("weight", torch.ones(3))
+    scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(z * weight, scale).to_event(1), obs=x)
+
+
+def bare_guide(x):
+    weight = pyro.param("guide_weight", torch.zeros(3, 1))
+    scale = pyro.param("guide_scale", torch.ones(1), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x @ weight, scale.expand(len(x), 1)).to_event(1))
+
+
+bare = (bare_model, bare_guide)
+
+
+def overflowing(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+        mean = torch.exp(1000 * z).expand(*z.shape[:-1], 3)
+        return pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+
+def wide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+
+
+infinite = (overflowing, wide)
+my_pair = build
 made = build()
 bound = (scaled, correlated)
 three = (1, 2, 3)
@@ -118,6 +181,18 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return out
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figures, which take most of the time of a short run."""
+    monkeypatch.setattr(reporting, "_write_figures", lambda *_: [])
+
+
+def example(command: str) -> list[str]:
+    """The arguments of a command that --help shows; see the test that all of them are run."""
+    assert command in cli.EXAMPLES
+    return shlex.split(command)[1:]
+
+
 def table(printed: str) -> list[str]:
     """The lines of the output that hold no measured times."""
     timed = ("Trained on", "Seconds", "Fitting q* took", "Wrote")
@@ -139,7 +214,7 @@ def ledger(folder: Path) -> xarray.Dataset:
 def test_the_ledger_reads_back_as_it_was_and_as_it_was_printed(
     here: Path, seen: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["compare", *SMALL]) == 0
+    assert cli.main([*example("ppvae compare"), *SMALL]) == 0
     printed = capsys.readouterr().out
     assert files(here / "ppvae-out") == RECORDS | GAPS | TOY
     read = ledger(here / "ppvae-out")
@@ -163,10 +238,10 @@ def test_the_figures_are_images(here: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_settings_are_all_there(here: Path) -> None:
-    options = [*SMALL, "--seed", "3", "--hidden", "8, 4", "--guide-family", "gamma", "--lr", "0.01"]
+    options = [*SMALL, "--seed", "3", "--hidden", "8, 4", "--lr", "0.01"]
     options += ["--max-steps", "7", "--evidence-samples", "300"]
-    assert cli.main(["compare", *options]) == 0
-    settings = json.loads((here / "ppvae-out" / "settings.json").read_text(encoding="utf-8"))
+    assert cli.main([*example("ppvae compare --guide-family gamma --out gamma"), *options]) == 0
+    settings = json.loads((here / "gamma" / "settings.json").read_text(encoding="utf-8"))
     wanted = {
         "model": "exponential-gaussian",
         "pair": None,
@@ -186,9 +261,10 @@ def test_the_settings_are_all_there(here: Path) -> None:
     assert settings["batch_size"] >= 1
     assert settings["versions"]["ppvae"] == version("ppvae")
     assert settings["versions"]["torch"] == torch.__version__
-    assert ledger(here / "ppvae-out").attrs["family"] == "Gamma()"
+    assert ledger(here / "gamma").attrs["family"] == "Gamma()"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_seed_gives_the_same_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = []
     for state, seed in ((1, "0"), (2, "0"), (2, "1")):
@@ -202,8 +278,8 @@ def test_the_same_seed_gives_the_same_table(here: Path, capsys: pytest.CaptureFi
 
 def test_causes_and_prices_on_demand(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both tables are printed, and the files hold what they show."""
-    options = ["compare", *SMALL, "--num-data", "12", "--explain", "--repairs"]
-    assert cli.main(options) == 0
+    command = example("ppvae compare --explain --repairs")
+    assert cli.main([*command, *SMALL, "--num-data", "12"]) == 0
     printed = capsys.readouterr().out
     added = {f"{name}.{kind}" for name in ("explanation", "repairs") for kind in ("nc", "png")}
     assert added <= files(here / "ppvae-out")
@@ -256,10 +332,11 @@ def test_linear_models_reach_their_posterior(here: Path, model: str) -> None:
 
 
 def test_a_vae_on_digits_with_a_latent_that_can_be_drawn(here: Path, seen: SimpleNamespace) -> None:
-    assert cli.main(["compare", "--model", "vae", *SMALL, "--z-dim", "2", "--hidden", "16"]) == 0
+    command = example("ppvae compare --model vae --z-dim 2 --out digits")
+    assert cli.main([*command, *SMALL, "--hidden", "16"]) == 0
     images = {"samples.png", "reconstructions.png", "latent_scatter.png", "latent_grid.png"}
-    assert files(here / "ppvae-out") == RECORDS | GAPS | images
-    settings = json.loads((here / "ppvae-out" / "settings.json").read_text(encoding="utf-8"))
+    assert files(here / "digits") == RECORDS | GAPS | images
+    settings = json.loads((here / "digits" / "settings.json").read_text(encoding="utf-8"))
     assert (settings["data"], settings["likelihood"]) == ("digits", "bernoulli")
     assert seen.train.shape == (1500, 64)
     assert set(seen.test.unique().tolist()) == {0.0, 1.0}
@@ -279,12 +356,14 @@ def test_grey_digits_go_with_a_gaussian_likelihood(here: Path, seen: SimpleNames
     assert len(seen.train.unique()) == 17
 
 
-@pytest.mark.parametrize("name", ["my_module:build", "my_module:made"])
+@pytest.mark.parametrize("name", ["my_module:my_pair", "my_module:made"])
 def test_a_pair_of_ones_own(
     own: Path, name: str, seen: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = list(sys.path)
-    assert cli.main(["compare", name, "--data", "rows.npy", *SMALL]) == 0
+    command = example("ppvae compare my_module:my_pair --data rows.npy")
+    command[1] = name
+    assert cli.main([*command, *SMALL]) == 0
     assert files(own / "ppvae-out") == RECORDS | GAPS
     assert sys.path == path
     assert seen.fits == 1
@@ -295,15 +374,351 @@ def test_a_pair_of_ones_own(
     assert float(abs(read["approximation_gap"]).max()) < 1e-3
 
 
-def test_a_progress_bar_is_shown_on_stderr_unless_refused(
-    here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("undrawn")
+def test_progress_bars_are_shown_on_a_terminal_unless_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["compare", *SMALL]) == 0
-    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for refused in ("--no-progress", "--quiet"):
+        assert cli.main(["compare", *SMALL[:-1], refused]) == 0
+        assert capsys.readouterr().err == ""
     assert cli.main(["compare", *SMALL[:-1]]) == 0
     captured = capsys.readouterr()
-    assert "30" in captured.err
+    for stage in ("fit", "q*", "ELBO"):
+        assert f"{stage}: " in captured.err
     assert "\r" not in captured.out
+
+
+# --- For machines ------------------------------------------------------------------------------
+
+
+def no_constant(word: str) -> None:
+    raise AssertionError(f"{word} is no JSON")
+
+
+def test_the_document_says_what_the_ledger_says_and_nothing_else_is_printed(
+    here: Path, seen: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*example("ppvae compare --json --quiet"), *SMALL]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    said = json.loads(captured.out, parse_constant=no_constant)
+    read = replace(seen.comparison, dataset=ledger(here / "ppvae-out"))
+    for name in ("amortized", "per_datapoint"):
+        elbo = said["guides"][name]["elbo"]
+        assert (elbo["mean"], elbo["stderr"]) == read.mean("elbo", name)
+    for gap in GAP_NAMES:
+        assert (said["gaps"][gap]["mean"], said["gaps"][gap]["stderr"]) == read.mean(gap)
+        assert sum(said["gaps"][gap]["rows_by_bound"].values()) == 8
+    assert said["log_evidence"]["mean"] == read.mean("log_evidence")[0]
+    assert said["verdict"] == read.verdict()
+    assert said["q_star"]["converged"] == int(read.dataset["converged"].sum())
+    assert said["worst_rows"][0]["inference_gap"] == float(read.dataset["inference_gap"].max())
+    assert said["seconds"]["local_fit"] == read.dataset.attrs["seconds_local_fit"]
+    settings = json.loads((here / "ppvae-out" / "settings.json").read_text(encoding="utf-8"))
+    assert said["settings"] == settings
+    assert {*said["files"]} == files(here / "ppvae-out")
+    # The keys that the documentation lists.
+    rows = re.findall(r"^\| (`.+?`) \|", PAGE.split("## For scripts")[1], flags=re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == list(said)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("ignore:.*invalid value:RuntimeWarning")
+def test_what_is_no_number_is_null_with_a_reason(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "my_module:infinite", "--data", "rows.npy", "--json", "--steps", "0"]
+    assert cli.main([*command, "--num-data", "4", "--num-samples", "100"]) == 0
+    said = json.loads(capsys.readouterr().out, parse_constant=no_constant)
+    assert said["guides"]["amortized"]["elbo"]["mean"] is None
+    assert said["why_null"]["guides.amortized.elbo.mean"] == "minus infinite"
+    assert said["gaps"]["inference_gap"]["mean"] is None
+    assert said["why_null"]["gaps.inference_gap.mean"] == "infinite"
+    assert said["why_null"]["break_even"] == "nothing was trained"
+    assert said["log_evidence"]["mean"] < 0
+
+
+def test_every_null_of_a_figure_has_its_reason() -> None:
+    values = {"a": [1.0, float("nan")], "b": {"c": float("-inf"), "d": None}}
+    assert json.loads(as_json(values)) == {
+        "a": [1.0, None],
+        "b": {"c": None, "d": None},
+        "why_null": {"a.1": "not a number", "b.c": "minus infinite"},
+    }
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("allowed", "status"), [("100", 0), ("0", 3)])
+def test_a_gap_above_what_is_allowed_has_an_exit_status(
+    here: Path, capsys: pytest.CaptureFixture[str], allowed: str, status: int
+) -> None:
+    command = example("ppvae compare --max-amortization-gap 0.5")
+    assert cli.main([*command[:-1], allowed, *SMALL, "--json", "--steps", "5"]) == status
+    captured = capsys.readouterr()
+    check = json.loads(captured.out)["check"]
+    assert check["passed"] is (status == 0)
+    assert ("above --max-amortization-gap" in captured.err) is (status == 3)
+    assert {"ledger.nc"} < files(here / "ppvae-out")
+
+
+def test_rows_that_have_not_converged_count_with_what_they_have_to_gain() -> None:
+    torch.manual_seed(0)
+    model, guide = pairs.exponential_gaussian()
+    done = ppvae.compare(model, guide, torch.rand(4), num_samples=100)
+    mean, error = done.mean("amortization_gap")
+    assert bool(done.dataset["converged"].all())
+    assert amortization_gap_at_most(done) == mean + 2 * error
+    open_ = done.dataset.assign(
+        converged=("data", np.array([True, False, True, False])),
+        predicted_gain=("data", np.array([9.0, 1.0, 9.0, 3.0])),
+    )
+    found = amortization_gap_at_most(replace(done, dataset=open_))
+    assert found == pytest.approx(mean + 2 * error + 1.0)
+
+
+def complete(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    shell: str,
+    words: str,
+) -> list[str]:
+    """What a shell is told of the last of these words."""
+    parts = words.split(" ")
+    monkeypatch.setenv("_PPVAE_COMPLETE", f"{shell}_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    fish = shell == "fish"
+    monkeypatch.setenv("COMP_CWORD", parts[-1] if fish else str(len(parts) - 1))
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_data_sets_models_families_and_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shell: str
+) -> None:
+    def of(words: str) -> str:
+        return " ".join(complete(monkeypatch, capsys, shell, words))
+
+    assert all(name in of("ppvae compare --data ") for name in NAMES)
+    found = of("ppvae compare --data fa")
+    assert "fashion-mnist" in found
+    assert "digits" not in found
+    # Any other file, and folders.
+    assert "file" in found
+    assert "dir" in of("ppvae compare --resume ")
+    assert all(model in of("ppvae compare --model ") for model in cli._MODELS)
+    assert all(family in of("ppvae compare --guide-family ") for family in FAMILIES)
+    assert "--max-amortization-gap" in of("ppvae compare --max-a")
+    assert "completion" in of("ppvae comp")
+    assert "list" in of("ppvae data l")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_for_a_shell_asks_this_command(
+    capsys: pytest.CaptureFixture[str], shell: str
+) -> None:
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert f"_PPVAE_COMPLETE={shell}_complete" in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_the_list_of_data_sets_says_what_loading_gives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "freyfaces.npy").touch()
+    assert cli.main(["data", "list", "--json", "--root", str(tmp_path)]) == 0
+    said = {row["name"]: row for row in json.loads(capsys.readouterr().out)["data_sets"]}
+    assert tuple(said) == NAMES
+    digits, loaded = said["digits"], ppvae.data.load("digits")
+    assert (digits["num_train"], digits["num_test"]) == (len(loaded.train), len(loaded.test))
+    assert tuple(digits["event_shape"]) == loaded.event_shape
+    assert digits["binarization"] == loaded.binarization
+    assert digits["missing"] == said["frey"]["missing"] == []
+    # What is said to be missing is what loading misses.
+    for name in ("mnist", "binarized-mnist"):
+        with pytest.raises(FileNotFoundError, match=re.escape(said[name]["missing"][0])):
+            ppvae.data.load(name, root=tmp_path)
+    # The rows, shapes and pixels that the module's text speaks of.
+    for name, row in said.items():
+        pixels = f'"{row["binarization"]}"' if row["binarization"] else "grey (`None`)"
+        shape = "x".join(map(str, row["event_shape"]))
+        text = " ".join(str(ppvae.data.__doc__).split())
+        pattern = rf"`{name}`: {row['num_train']:,} \+ {row['num_test']:,} [^;]*of {shape}, [^;]*"
+        assert pixels in re.search(pattern, text)[0]
+    assert cli.main(["data", "list", "--root", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}\n" in f"\n{printed}" for name in NAMES)
+    assert max(map(len, printed.splitlines())) < 80
+
+
+def test_the_list_of_models_is_the_documentation_s_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["models", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["pairs"]
+    assert sorted(row["name"] for row in said) == sorted(pairs.__all__)
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "models" / "index.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| [")]
+    for row, pair in zip(rows, PAIRS, strict=True):
+        name, latent, likelihood, families, exact = (cell.replace("`", "") for cell in row)
+        assert name == f"[{pair.name}]({Path(pair.page).name})"
+        assert (latent, likelihood, exact) == (pair.latent, pair.likelihood, pair.evidence)
+        assert families == ", ".join(pair.families)
+        assert (root / pair.page).is_file()
+    assert {row["compare_model"] for row in said} - {None} == set(cli._MODELS)
+    assert cli.main(["models"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}\n" in f"\n{printed}" for name in pairs.__all__)
+    assert max(map(len, printed.splitlines())) < 80
+
+
+# --- Interrupted, and gone on with -------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_goes_on_is_the_same_and_does_not_train(
+    here: Path, seen: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", *SMALL, "--seed", "4"]) == 0
+    first, before = table(capsys.readouterr().out), ledger(here / "ppvae-out")
+    assert cli.main(["compare", "--resume", "ppvae-out", "--out", "again", "--no-progress"]) == 0
+    printed = capsys.readouterr().out
+    assert seen.fits == 1
+    assert "completed 30 steps" in printed
+    assert table(printed)[1:] == first
+    after = ledger(here / "again")
+    xarray.testing.assert_identical(after.drop_attrs(), before.drop_attrs())
+    assert after.attrs["seconds_training"] == before.attrs["seconds_training"]
+    command = example("ppvae compare --resume ppvae-out --num-samples 5000")
+    assert cli.main([*command, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    more = ledger(here / "ppvae-out")
+    ratio = float((before["elbo_stderr"] / more["elbo_stderr"]).mean())
+    # The error falls as the root of the draws: 100 before.
+    assert ratio == pytest.approx(50**0.5, rel=0.5)
+    settings = json.loads((here / "ppvae-out" / "settings.json").read_text(encoding="utf-8"))
+    assert (settings["seed"], settings["num_samples"]) == (4, 5000)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_trained_pair_can_be_loaded(here: Path, seen: SimpleNamespace) -> None:
+    assert cli.main(["compare", *SMALL]) == 0
+    state = torch.load(here / "ppvae-out" / "trained.pt", weights_only=True)
+    model, guide = pairs.exponential_gaussian()
+    guide.load_state_dict(state["modules"]["guide"])
+    weights = ppvae.log_weights(model, guide, seen.test, num_samples=3)
+    trained = seen.comparison.guides["amortized"]
+    assert torch.equal(weights, ppvae.log_weights(model, trained, seen.test, num_samples=3))
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.fills_store
+def test_parameters_that_have_no_module_are_kept_too(own: Path) -> None:
+    command = ["compare", "my_module:bare", "--data", "rows.npy", *SMALL, "--lr", "0.1"]
+    assert cli.main(command) == 0
+    before = ledger(own / "ppvae-out")
+    store = ppvae.isolation.pyro.get_param_store()
+    for name in ("weight", "scale", "guide_weight", "guide_scale"):
+        del store[name]
+    assert cli.main(["compare", "--resume", "ppvae-out"]) == 0
+    xarray.testing.assert_identical(ledger(own / "ppvae-out").drop_attrs(), before.drop_attrs())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_does_not_go_on_is_refused_in_one_line(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "my_module:build", "--data", "rows.npy", *SMALL]
+    assert cli.main([*command, "--quiet"]) == 0
+
+    def refused(*options: str) -> str:
+        assert cli.main(["compare", "--resume", *options]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    assert "--lr does not go with --resume" in refused("ppvae-out", "--lr", "1")
+    assert "PAIR does not go with --resume" in refused("ppvae-out", "my_module:made")
+    assert "no trained.pt" in refused("elsewhere")
+    kept = ledger(own / "ppvae-out")
+    rows = np.load("rows.npy")
+    np.save("rows.npy", rows + 1)
+    assert "rows" in refused("ppvae-out")
+    np.save("rows.npy", rows)
+    text = PAIR.replace("nn.Linear(1, 3)", "nn.Linear(1, 3, bias=False)")
+    (own / "my_module.py").write_text(text, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "my_module")
+    assert "decoder.bias" in refused("ppvae-out")
+    (own / "ppvae-out" / "trained.pt").write_bytes(b"nothing")
+    assert "damaged" in refused("ppvae-out")
+    xarray.testing.assert_identical(ledger(own / "ppvae-out"), kept)
+
+
+def test_an_interrupt_after_the_comparison_leaves_it_written(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "repair_costs", interrupted)
+    assert cli.main(["compare", *SMALL, "--repairs", "--out", "cut"]) == 130
+    captured = capsys.readouterr()
+    assert "ppvae compare --resume cut" in captured.err
+    assert captured.err.count("\n") == 1
+    assert files(here / "cut") == RECORDS | GAPS | TOY
+    # While nothing has been trained there is nothing to go on with.
+    monkeypatch.setattr(cli, "fit", interrupted)
+    assert cli.main(["compare", *SMALL, "--out", "none"]) == 130
+    assert capsys.readouterr().err.split() == ["ppvae:", "interrupted"]
+    assert files(here / "none") == set()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_ctrl_c_ends_the_training_and_then_the_run_which_goes_on_later(
+    own: Path, seen: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["compare", "my_module:stubborn", "--data", "rows.npy", *SMALL]
+    options += ["--steps", "100000000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ppvae.cli", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"STUBBORN": "1", "PYTHONPATH": str(Path(ppvae.__file__).parents[1])},
+    ) as process:
+        assert process.stdout is not None
+        # Nothing is waited for without end.
+        guard = threading.Timer(120, process.kill)
+        guard.start()
+        try:
+            for line in process.stdout:
+                # Each of the two ends where it was when the line was written, or soon after.
+                if line in ("training\n", "comparing\n"):
+                    process.send_signal(signal.SIGINT)
+            said = process.stderr.read() if process.stderr else ""
+            # To a shell both are 130: Python may end itself by the signal that it has seen.
+            assert process.wait() in (130, -signal.SIGINT), said
+        finally:
+            guard.cancel()
+            process.kill()
+    first, last = [line for line in said.splitlines() if line.startswith("ppvae: ")]
+    steps = re.search(r"interrupted after (\d+) of 100000000 steps; going on", first)
+    assert "ppvae compare --resume ppvae-out" in last
+    assert files(own / "ppvae-out") == {"settings.json", "trained.pt"}
+    assert cli.main(["compare", "--resume", "ppvae-out"]) == 0
+    assert seen.fits == 0
+    assert f"interrupted after {steps[1]} of 100000000 steps" in capsys.readouterr().out
+    saved = torch.load(own / "ppvae-out" / "trained.pt", weights_only=True)["modules"]["guide"]
+    guide = seen.comparison.guides["amortized"]
+    assert all(torch.equal(value, saved[name]) for name, value in guide.state_dict().items())
+    assert files(own / "ppvae-out") == RECORDS
 
 
 # --- Mistakes ----------------------------------------------------------------------------------
@@ -422,6 +837,34 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in said.replace("\n", " ") or word in " ".join(said.split())
     assert cli.main([]) == 0
     assert "compare" in capsys.readouterr().out
+
+
+def test_help_fits_a_terminal_and_names_examples_and_statuses(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commands = [["compare"], [], ["data"], ["data", "list"], ["models"], ["completion"]]
+    for command in commands:
+        assert cli.main([*command, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert max(map(len, said.splitlines())) <= 80
+        if command in ([], ["compare"]):
+            assert all(f"  {status} " in said for status in ("0", "2", "3", "130"))
+            assert "\n  ppvae compare --model vae --z-dim 2 --out digits\n" in said
+    assert cli.main(["compare", "--help"]) == 0
+    said = capsys.readouterr().out
+    for option in cli.cli.commands["compare"].params:
+        if isinstance(option, click.Option):
+            assert said.count(f"\n  {option.opts[0]}") + said.count(", --help") >= 1
+
+
+def test_all_examples_of_help_and_of_the_documentation_are_run_here() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert set(re.findall(r'example\("([^"]+)"\)', source)) == set(cli.EXAMPLES)
+    blocks = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+    shown = {line.split(" > ")[0] for block in blocks for line in block.splitlines()}
+    assert shown - {"ppvae completion bash"} <= set(cli.EXAMPLES)
+    statuses = re.findall(r"^\| (\d+) \|", PAGE, flags=re.MULTILINE)
+    assert statuses == list(cli._STATUSES)
 
 
 def test_help_says_what_each_model_takes_by_default(

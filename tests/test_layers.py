@@ -20,6 +20,7 @@ ROOT = Path(ppvae.__file__).parent
 ROWS = [
     "markup",
     "isolation",
+    "progress",
     "graphs",
     "data",
     "distributions",
@@ -77,6 +78,8 @@ ROWS = [
     "pages",
     "preparing",
     "reporting",
+    "summaries",
+    "catalogue",
     "cli",
 ]
 # A leaf serves the modules named here and no others.

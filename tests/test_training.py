@@ -1,6 +1,7 @@
 """Training: what it reaches, what it records, what it leaves alone."""
 
 import math
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -223,8 +224,31 @@ def test_frozen_parameters_stay_and_gradients_are_needed_again_afterwards():
         ppvae.fit(model, guide, torch.randn(30, 6), steps=3, progress=False)
 
 
-def test_progress_can_be_turned_off(capsys):
+def test_an_interrupted_run_keeps_its_last_good_parameters():
+    """An update that no later loss has judged may have taken them to where they are no numbers."""
     model, guide = pairs.exponential_gaussian()
+
+    class Interrupting(Trace_ELBO):
+        calls = 0
+
+        def loss_and_grads(self, *args, **kwargs):
+            Interrupting.calls += 1
+            if Interrupting.calls > 1:
+                with torch.no_grad():
+                    next(guide.parameters()).fill_(math.inf)
+                raise KeyboardInterrupt
+            return super().loss_and_grads(*args, **kwargs)
+
+    before = [p.detach().clone() for p in guide.parameters()]
+    fit = ppvae.fit(model, guide, torch.rand(50), loss=Interrupting(), steps=9, compile=False)
+    assert fit.status.startswith("interrupted after 1 of 9 steps, and diverged")
+    assert not fit.completed
+    assert all(torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
+
+
+def test_progress_can_be_turned_off(capsys, monkeypatch):
+    model, guide = pairs.exponential_gaussian()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     ppvae.fit(model, guide, torch.rand(10), steps=2, progress=False)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""

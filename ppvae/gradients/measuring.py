@@ -46,6 +46,7 @@ from ppvae.isolation import (
     private_store,
 )
 from ppvae.objectives import BetaELBO, ScoreFunctionELBO, StickingTheLanding
+from ppvae.progress import Bar, progress_bar
 from ppvae.terms import PairRun, run_pair
 from ppvae.training import without_warnings
 
@@ -88,6 +89,7 @@ def gradient_variance(
     estimators: Sequence[ELBO] | Mapping[str, ELBO] | None = None,
     num_draws: int = 200,
     seed: int = 0,
+    progress: bool = True,
 ) -> GradientVariance:
     r"""Measure the variance, the signal-to-noise ratio and the cost of gradient estimators.
 
@@ -151,6 +153,7 @@ def gradient_variance(
         num_draws: Draws D of each estimator, at least 8. The errors are themselves estimates: those
             of fewer than about 40 draws are too small.
         seed: Seed of the draws.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The figures, with their errors. The parameters, their ``grad``, all settings, the
@@ -185,7 +188,8 @@ def gradient_variance(
         bench = Bench(model, guide, x, run, count, sites is None)
         with bench.clean_gradients():
             applied, refused = _sort(named, bench)
-            return _measure(bench, applied, refused, num_draws, seed)
+            with progress_bar(num_draws, "gradients", "draw", shown=progress) as bar:
+                return _measure(bench, applied, refused, num_draws, seed, bar)
 
 
 @contextmanager
@@ -340,6 +344,7 @@ def _measure(
     refused: dict[str, str],
     num_draws: int,
     seed: int,
+    bar: Bar,
 ) -> GradientVariance:
     sizes = [p.numel() for p in bench.parameters]
     blocks = block_sizes(num_draws)
@@ -365,6 +370,7 @@ def _measure(
             given[name] = [one or other for one, other in zip(given[name], got, strict=True)]
         if not applied:
             _refuse_all(refused)
+        bar.advance()
     names = list(applied)
     reached = [any(given[name][i] for name in names) for i in range(len(sizes))]
     groups = _groups(bench, reached)
