@@ -4,7 +4,7 @@ r"""Which gradient estimator?
 The gradient of an ELBO can be had from draws in many ways. All have the same mean; they differ in
 noise, and in what a draw costs. The usual rules are that the score function is noisy, that
 reparameterisation tames it, and that an analytic KL tames it further. How much of that holds is a
-property of the pair and of where its parameters are: :func:`ppvae.gradient_variance` measures it.
+property of the pair and of where its parameters are: `ppvae.gradient_variance` measures it.
 """
 
 import os

@@ -84,7 +84,7 @@ class GuideCalibration:
 
     @cached_property
     def p_values(self) -> Tensor:
-        """SBC: p-values of uniform ranks, ``(elements,)``; see `ppvae.uniformity.uniformity`.
+        """p-values of uniform ranks (SBC), ``(elements,)``; see `ppvae.uniformity.uniformity`.
 
         Small where the guide is off in any way: in place, in width or in shape.
         """
@@ -92,7 +92,7 @@ class GuideCalibration:
 
     @cached_property
     def symmetry_p_values(self) -> Tensor:
-        """VSBC: p-values of symmetric ranks, ``(elements,)``; see `ppvae.uniformity.symmetry`.
+        """p-values of symmetric ranks (VSBC), ``(elements,)``; see `ppvae.uniformity.symmetry`.
 
         Small where the guide is biased to one side. One that is too narrow, or too wide, at the
         right place is symmetric.

@@ -33,7 +33,7 @@ from ppvae.graphs import Repeated, capturing
 from ppvae.isolation import check_rows, evaluation_mode, forked_rng, private_store, unvalidated
 
 Program = Callable[..., Any]
-"""A Pyro model or guide: a function or module that is called with the rows ``x``."""
+"""A Pyro model or guide, a function or module that is called with the rows ``x``."""
 
 _PARTICLES = "ppvae.particles"
 

@@ -397,7 +397,7 @@ def active_units(
         seed: Seed of the draws; the caller's generators are left as they were.
 
     Returns:
-        A figure for each latent element: sites in the model's order, the elements of each
+        A figure for each latent element, sites in the model's order, the elements of each
         flattened.
 
     Raises:
@@ -572,7 +572,7 @@ def element_kl(
         seed: Seed of the draws; the caller's generators are left as they were.
 
     Returns:
-        A figure for each latent element: sites in the model's order, the elements of each
+        A figure for each latent element, sites in the model's order, the elements of each
         flattened. It is infinite where the guide draws values that the prior excludes.
 
     Raises:

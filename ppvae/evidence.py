@@ -89,7 +89,7 @@ def elbo(
         seed: Seed of the draws; the caller's generators are left as they were.
 
     Returns:
-        The ELBO with its Monte Carlo standard error: a lower bound on log p(x).
+        The ELBO with its Monte Carlo standard error, a lower bound on log p(x).
 
     Raises:
         ValueError: If the rows, the model or the guide are unfit.

@@ -274,7 +274,7 @@ def element_use(
         seed: Seed of the draws; the caller's generators are left as they were.
 
     Returns:
-        A figure for each latent element: sites in the model's order, the elements of each
+        A figure for each latent element, sites in the model's order, the elements of each
         flattened. A site whose support ties its elements (a simplex, a one-hot vector) is one.
 
     Raises:

@@ -80,7 +80,7 @@ class Prediction:
 
     @property
     def sd(self) -> Tensor:
-        """Standard deviation in all: the law of total variance adds the two squares."""
+        """Standard deviation in all; by the law of total variance the two squares add up."""
         return torch.sqrt(self.noise_sd**2 + self.weight_sd**2)
 
 

@@ -158,8 +158,8 @@ class PPCA(_LinearGaussian):
             z_dim: Size of the latent, less than ``x_dim``.
 
         Returns:
-            A model in the rows' dtype, its parameters free: ``model.requires_grad_(False)``
-            holds them.
+            A model in the rows' dtype, its parameters free (``model.requires_grad_(False)`` holds
+            them).
 
         Raises:
             ValueError: If the rows are unfit, ``z_dim`` is not below ``x_dim``, or the rows lie
