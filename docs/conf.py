@@ -130,8 +130,10 @@ sphinx_gallery_conf = {
     "run_stale_examples": not _built.exists() or _built.read_text() != _kind,
     "show_memory": False,
     "matplotlib_animations": False,
+    # Results show themselves; what a plotting call happens to return is not shown.
+    "capture_repr": ("_repr_html_",),
     # Examples that say how long something takes are alone on the machine; in a hurry none is.
-    "parallel": QUICK,
+    "parallel": os.cpu_count() if QUICK else False,
 }
 if QUICK:
     html_theme_options = {
