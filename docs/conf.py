@@ -55,7 +55,7 @@ html_title = f"ppvae {release}"
 html_static_path = ["_static"]
 html_css_files = ["ppvae.css"]
 
-myst_enable_extensions = ["dollarmath", "deflist"]
+myst_enable_extensions = ["dollarmath", "deflist", "tasklist"]
 myst_heading_anchors = 3
 
 autodoc_default_options = {
@@ -137,7 +137,7 @@ sphinx_gallery_conf = {
 }
 if QUICK:
     html_theme_options = {
-        "announcement": "Built in a hurry: the examples were trained for a few steps only."
+        "announcement": "Quick build: examples are not trained out."
     }
 
 

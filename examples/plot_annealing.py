@@ -26,7 +26,7 @@ from ppvae.isolation import forked_rng
 from ppvae.objectives import BetaELBO, Cyclical, FreeBitsELBO, Linear
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
-STEPS = 80 if QUICK else 250
+STEPS = 40 if QUICK else 250
 
 # %%
 # The objectives
@@ -59,6 +59,7 @@ def objectives():
 # the test digits.
 
 digits = data.load("digits")
+test = digits.test[: 60 if QUICK else None]
 
 
 def train(objective, seed=0):
@@ -71,8 +72,8 @@ def train(objective, seed=0):
             if step % (STEPS // (4 if QUICK else 5)) == 0:
                 steps.append(step)
                 # With few draws the noise of a collapsed unit's mean comes near the threshold.
-                units.append(diagnostics.active_units(model, guide, digits.test, num_samples=100))
-                kl.append(diagnostics.element_kl(model, guide, digits.test, num_samples=10))
+                units.append(diagnostics.active_units(model, guide, test, num_samples=100))
+                kl.append(diagnostics.element_kl(model, guide, test, num_samples=10))
             svi.step(digits.train[torch.randint(len(digits.train), (128,))])
     return {"model": model, "guide": guide, "steps": steps, "units": units, "kl": kl}
 
@@ -131,8 +132,8 @@ def row(run):
     units, kl = run["units"][-1], run["kl"][-1]
     upper = torch.tensor([name.startswith("z_2") for name in units.names])
     return {
-        "elbo": ppvae.elbo(model, guide, digits.test, 50 if QUICK else 200),
-        "iwae": ppvae.iwae(model, guide, digits.test, 50 if QUICK else 200),
+        "elbo": ppvae.elbo(model, guide, test, 50 if QUICK else 200),
+        "iwae": ppvae.iwae(model, guide, test, 50 if QUICK else 200),
         "lower": int(units.active[~upper].sum()),
         "upper": int(units.active[upper].sum()),
         "most": max(int(u.active[upper].sum()) for u in run["units"]),

@@ -22,6 +22,7 @@ from ppvae.nn import MLP
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
 STEPS = 100 if QUICK else 1200
 Z = 16
+# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # Two models of one shape

@@ -20,7 +20,7 @@ from ppvae import data, pairs, plots
 from ppvae.isolation import forked_rng
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
-ROWS = 100 if QUICK else 500
+ROWS = 40 if QUICK else 500
 
 # %%
 # A posterior that is known
@@ -107,7 +107,7 @@ for name, part in found.guides.items():
 digits = data.load("digits")
 with forked_rng(0):
     vae, guide = pairs.vae(x_dim=digits.x_dim, z_dim=2, hidden=[50])
-ppvae.fit(vae, guide, digits.train, steps=300 if QUICK else 2000, seed=0, progress=False)
+ppvae.fit(vae, guide, digits.train, steps=50 if QUICK else 2000, seed=0, progress=False)
 
 found = ppvae.calibrate(vae, guide, digits.train[:ROWS], per_datapoint=True)
 print(found)

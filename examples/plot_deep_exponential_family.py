@@ -55,7 +55,7 @@ for name, family in (("gamma", Gamma), ("Weibull", Weibull)):
             WORDS, (COMPONENTS,), (32,), family=family, shape=0.3
         )
     fit = ppvae.fit(
-        model, guide, x, steps=100 if QUICK else 600, batch_size=100, lr=1e-2, progress=False
+        model, guide, x, steps=40 if QUICK else 600, batch_size=100, lr=1e-2, progress=False
     )
     models[name], guides[name] = model, guide
     elbo = ppvae.elbo(model, guide, x, 50)

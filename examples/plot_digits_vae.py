@@ -17,6 +17,7 @@ from ppvae import data, pairs, plots
 from ppvae.isolation import forked_rng
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
+# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # Data
@@ -36,7 +37,7 @@ print(digits)
 with forked_rng(0):
     model, guide = pairs.vae(x_dim=digits.x_dim, z_dim=2, hidden=[100])
 fit = ppvae.fit(
-    model, guide, digits.train, steps=300 if QUICK else 4000, lr=1e-3, seed=0, progress=False
+    model, guide, digits.train, steps=80 if QUICK else 4000, lr=1e-3, seed=0, progress=False
 )
 print(fit)
 

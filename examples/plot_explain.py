@@ -66,8 +66,8 @@ class Columns(nn.Module):
         return self.network(rows[:, self.columns])
 
 
-train, test = series(600 if QUICK else 2000, 1), series(100 if QUICK else 300, 2)
-steps = 100 if QUICK else 500
+train, test = series(300 if QUICK else 2000, 1), series(50 if QUICK else 300, 2)
+steps = 30 if QUICK else 500
 with forked_rng(0):
     blind = Amortized(DiagonalNormal(), Columns([1], 64))
     seeing = Amortized(DiagonalNormal(), Columns([0, 1], 8))
@@ -96,20 +96,20 @@ with forked_rng(0):
     family = DiagonalNormal(8)
     stopped = Amortized(family, MLP(64, [100], 16))
     narrow = Amortized(family, MLP(64, [1], 16))
-ppvae.fit(model, guide, digits.train, steps=200 if QUICK else 1000, lr=2e-3, progress=False)
+ppvae.fit(model, guide, digits.train, steps=50 if QUICK else 1000, lr=2e-3, progress=False)
 for parameter in model.parameters():
     parameter.requires_grad_(False)
-ppvae.fit(model, stopped, digits.train, steps=50, lr=1e-3, progress=False)
-ppvae.fit(model, narrow, digits.train, steps=100 if QUICK else 600, lr=2e-3, progress=False)
+ppvae.fit(model, stopped, digits.train, steps=20 if QUICK else 50, lr=1e-3, progress=False)
+ppvae.fit(model, narrow, digits.train, steps=20 if QUICK else 600, lr=2e-3, progress=False)
 
 several = ppvae.compare(
     model,
     {"as trained": guide, "stopped early": stopped, "one unit": narrow},
-    digits.test[: 30 if QUICK else 60],
+    digits.test[: 10 if QUICK else 60],
     evidence_samples=100,
 )
 parts = {
-    name: ppvae.explain(several, digits.train, guide=name, steps=100 if QUICK else 250)
+    name: ppvae.explain(several, digits.train, guide=name, steps=20 if QUICK else 250)
     for name in several.guides
 }
 for name, each in parts.items():

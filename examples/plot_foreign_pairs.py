@@ -29,7 +29,8 @@ import ppvae
 from ppvae import plots
 from ppvae.families import DistributionFamily, Gamma
 
-STEPS = 100 if os.environ.get("PPVAE_QUICK") else 400
+QUICK = bool(os.environ.get("PPVAE_QUICK"))
+STEPS = 30 if QUICK else 400
 pyro.set_rng_seed(0)
 pyro.clear_param_store()
 
@@ -53,7 +54,7 @@ def draw(count):
     return torch.cat([came, dist.Binomial(came, share).sample()], dim=-1)
 
 
-train, test = draw(2000), draw(16)
+train, test = draw(2000), draw(4 if QUICK else 16)
 
 
 def learn(guide, x):

@@ -17,6 +17,7 @@ from ppvae.isolation import forked_rng
 from ppvae.likelihoods import NegativeBinomial, Poisson
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
+# sphinx_gallery_thumbnail_number = 4
 
 # %%
 # Images
@@ -32,7 +33,7 @@ with forked_rng(0):
 print(guide.encoder)
 print(model.decoder)
 fit = ppvae.fit(
-    model, guide, digits.train, steps=60 if QUICK else 400, batch_size=100, lr=3e-3, progress=False
+    model, guide, digits.train, steps=20 if QUICK else 400, batch_size=100, lr=3e-3, progress=False
 )
 print(fit)
 
@@ -86,7 +87,7 @@ for name, likelihood in (
 ):
     with forked_rng(0):
         pair = pairs.vae(x_dim=20, z_dim=2, hidden=[32], likelihood=likelihood)
-    ppvae.fit(*pair, train, steps=60 if QUICK else 500, batch_size=100, lr=5e-3, progress=False)
+    ppvae.fit(*pair, train, steps=20 if QUICK else 500, batch_size=100, lr=5e-3, progress=False)
     fitted[name] = pair
 print(fitted["negative binomial"][0].likelihood)
 

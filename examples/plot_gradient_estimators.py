@@ -24,7 +24,7 @@ from ppvae.objectives import (
 )
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
-DRAWS = 20 if QUICK else 50
+DRAWS = 6 if QUICK else 50
 
 # %%
 # At the start of training
@@ -58,7 +58,7 @@ print(start)
 # After training
 # --------------
 
-ppvae.fit(model, guide, digits.train, steps=100 if QUICK else 700, lr=5e-3, seed=0, progress=False)
+ppvae.fit(model, guide, digits.train, steps=30 if QUICK else 700, lr=5e-3, seed=0, progress=False)
 end = ppvae.gradient_variance(model, guide, x, estimators=OF_THE_ELBO, num_draws=DRAWS)
 print(end)
 
@@ -109,7 +109,7 @@ print(table[["snr", "snr_stderr", "relative_cost"]].round(3).to_string())
 
 with forked_rng(1):
     model, guide = pairs.sigmoid_belief_network(digits.x_dim, z_dims=[8], baseline=[32])
-ppvae.fit(model, guide, digits.train, steps=50 if QUICK else 250, lr=5e-3, seed=0, progress=False)
+ppvae.fit(model, guide, digits.train, steps=20 if QUICK else 250, lr=5e-3, seed=0, progress=False)
 discrete = ppvae.gradient_variance(
     model,
     guide,
@@ -121,7 +121,7 @@ discrete = ppvae.gradient_variance(
         "sum over all values": TraceEnum_ELBO(max_plate_nesting=1),
         "sticking the landing": StickingTheLanding(),
     },
-    num_draws=20 if QUICK else 40,
+    num_draws=6 if QUICK else 40,
 )
 print(discrete)
 

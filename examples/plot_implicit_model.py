@@ -24,6 +24,7 @@ from ppvae.nn import MLP
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
 Z = 16
+# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # The same digits, in grey
@@ -34,10 +35,10 @@ with forked_rng(0):
     vae, guide = pairs.vae(64, Z, [100], "gaussian")
     gan = ImplicitModel(nn.Sequential(MLP(Z, [100], 64), nn.Sigmoid()), Z, 64)
     discriminator = MLP(64, [100], 1, nn.LeakyReLU)
-fit = ppvae.fit(vae, guide, digits.train, steps=100 if QUICK else 1200, lr=2e-3, progress=False)
+fit = ppvae.fit(vae, guide, digits.train, steps=40 if QUICK else 1200, lr=2e-3, progress=False)
 print(fit)
 run = ppvae.fit_adversarial(
-    gan, discriminator, digits.train, steps=100 if QUICK else 2000, lr=5e-4, progress=False
+    gan, discriminator, digits.train, steps=40 if QUICK else 2000, lr=5e-4, progress=False
 )
 print(run)
 

@@ -29,8 +29,8 @@ QUICK = bool(os.environ.get("PPVAE_QUICK"))
 digits = data.load("digits")
 with forked_rng(0):
     model, guide = pairs.vae(x_dim=digits.x_dim, z_dim=8, hidden=[100])
-ppvae.fit(model, guide, digits.train, steps=200 if QUICK else 2000, lr=1e-3, seed=0, progress=False)
-x = digits.test[: 40 if QUICK else 150]
+ppvae.fit(model, guide, digits.train, steps=60 if QUICK else 2000, lr=1e-3, seed=0, progress=False)
+x = digits.test[: 10 if QUICK else 150]
 comparison = ppvae.compare(model, guide, x, evidence_samples=1000)
 print(comparison)
 

@@ -32,11 +32,11 @@ digits = data.load("digits")
 with forked_rng(0):
     model, guide = pairs.vae(x_dim=digits.x_dim, z_dim=8, hidden=[100])
 fit = ppvae.fit(
-    model, guide, digits.train, steps=200 if QUICK else 1200, lr=2e-3, seed=0, progress=False
+    model, guide, digits.train, steps=50 if QUICK else 1200, lr=2e-3, seed=0, progress=False
 )
 print(fit)
 
-comparison = ppvae.compare(model, guide, digits.test[: 20 if QUICK else 60])
+comparison = ppvae.compare(model, guide, digits.test[: 8 if QUICK else 60])
 print(comparison)
 
 # %%
@@ -45,7 +45,7 @@ print(comparison)
 # Each repair is carried out on all of these images and on a quarter of them. From the two times
 # follow the seconds that it takes once and those that each datum adds.
 
-costs = ppvae.repair_costs(comparison, digits.train, fit=fit, steps=40 if QUICK else 400)
+costs = ppvae.repair_costs(comparison, digits.train, fit=fit, steps=10 if QUICK else 400)
 print(costs)
 
 # %%

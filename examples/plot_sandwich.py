@@ -23,6 +23,7 @@ from ppvae.isolation import forked_rng
 from ppvae.models import FactorAnalysis
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
+# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # Twenty latents that are correlated, and a guide that takes them for independent
@@ -31,7 +32,7 @@ QUICK = bool(os.environ.get("PPVAE_QUICK"))
 
 with forked_rng(0):
     model = FactorAnalysis(x_dim=40, z_dim=20, loadings=torch.randn(40, 20))
-    x = model(size=10 if QUICK else 25).detach()
+    x = model(size=4 if QUICK else 25).detach()
 guide = ppvae.fit_per_datapoint(model, DiagonalNormal(20), x).guide
 exact = float(model.log_evidence(x).detach().mean())
 print(f"exact log p(x): {exact:.3f} nats a datum")
@@ -45,7 +46,7 @@ print(ppvae.elbo(model, guide, x))
 # longer than one without, and a pilot run sets the temperatures; neither is counted.)
 
 chains, leapfrog = 16, 5
-temperatures = [10, 30] if QUICK else [10, 30, 100, 300]
+temperatures = [5, 10] if QUICK else [10, 30, 100, 300]
 evaluations = [chains * leapfrog * count for count in temperatures]
 
 
@@ -81,9 +82,9 @@ for name, estimates in found.items():
 # Were the evidence not known, `ppvae.sandwich` would still say how far off one is: the distance of
 # the two bounds, their *width*, is in expectation at least the error of either. It falls as 1/T.
 
-counts = [20, 40] if QUICK else [25, 50, 100, 200]
+counts = [5, 10] if QUICK else [25, 50, 100, 200]
 both = {
-    t: ppvae.sandwich(model, None, x.new_zeros(20 if QUICK else 150, 40), num_chains=4, num_steps=t)
+    t: ppvae.sandwich(model, None, x.new_zeros(6 if QUICK else 150, 40), num_chains=4, num_steps=t)
     for t in counts
 }
 for t, each in both.items():

@@ -26,9 +26,11 @@ from ppvae.objectives import SemisupervisedELBO
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
 SEEDS = 1 if QUICK else 3
-HIDDEN, FIRST_STEPS, STEPS = [100], 100, 20 if QUICK else 200
+HIDDEN = [100]
+FIRST_STEPS, STEPS = (20, 20) if QUICK else (100, 200)
 
 digits = data.load("digits")
+# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # Rows with and without labels

@@ -25,7 +25,8 @@ from ppvae import pairs, plots
 from ppvae.families import Gamma, TruncatedNormal, Weibull
 from ppvae.isolation import forked_rng
 
-STEPS = 200 if os.environ.get("PPVAE_QUICK") else 2000
+QUICK = bool(os.environ.get("PPVAE_QUICK"))
+STEPS = 50 if QUICK else 2000
 
 # %%
 # A guide, and data to train it on
@@ -36,7 +37,7 @@ STEPS = 200 if os.environ.get("PPVAE_QUICK") else 2000
 
 with forked_rng(0), torch.no_grad():
     model, guide = pairs.exponential_gaussian()
-    x_train, x_test = model(size=10_000), model(size=200)
+    x_train, x_test = model(size=10_000), model(size=40 if QUICK else 200)
 print(model)
 print(guide)
 
