@@ -24,7 +24,7 @@ from ppvae.objectives import (
 )
 
 QUICK = bool(os.environ.get("PPVAE_QUICK"))
-DRAWS = 6 if QUICK else 50
+DRAWS = 8 if QUICK else 50
 
 # %%
 # At the start of training
@@ -121,7 +121,7 @@ discrete = ppvae.gradient_variance(
         "sum over all values": TraceEnum_ELBO(max_plate_nesting=1),
         "sticking the landing": StickingTheLanding(),
     },
-    num_draws=6 if QUICK else 40,
+    num_draws=8 if QUICK else 40,
 )
 print(discrete)
 
