@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import click
 import pytest
 
+import ppvae
 from ppvae import pairs
 from ppvae.cli import cli
 
@@ -135,6 +136,16 @@ def test_files_that_are_named_are_there():
         if not (ROOT / name).exists() and not f"{name}/".startswith(MADE)
     }
     assert not wrong
+
+
+def test_every_public_name_has_a_page_in_the_reference():
+    index = text_of("docs/api/index.md")
+    listed = re.search(r"```\{toctree\}\n:hidden:\n\n(.*?)```", index, flags=re.DOTALL)[1].split()
+    pages_there = {path.stem for path in (ROOT / "docs" / "api").glob("*.md")} - {"index"}
+    assert set(listed) == set(re.findall(r"\]\((\w+)\.md\)", index)) == pages_there
+    named = [getattr(ppvae, name) for name in ppvae.__all__]
+    modules = {getattr(it, "__module__", None) or it.__name__ for it in named}
+    assert {m.removeprefix("ppvae.").split(".")[0] for m in modules} <= pages_there
 
 
 # --- Commands ----------------------------------------------------------------------------------
