@@ -116,6 +116,9 @@ QUICK = bool(os.environ.get("PPVAE_QUICK"))
 # Of which kind the examples' pages are. Examples that have not changed are not run again, but for
 # a build of the other kind, or after one that did not end.
 _kind, _built = "quick" if QUICK else "full", HERE / "_build" / "examples-kind"
+_stale = not _built.exists() or _built.read_text() != _kind
+if _stale:
+    _built.unlink(missing_ok=True)
 
 extensions.append("sphinx_gallery.gen_gallery")
 sphinx_gallery_conf = {
@@ -127,7 +130,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "min_reported_time": 1,
     "remove_config_comments": True,
-    "run_stale_examples": not _built.exists() or _built.read_text() != _kind,
+    "run_stale_examples": _stale,
     "show_memory": False,
     "matplotlib_animations": False,
     # Results show themselves; what a plotting call happens to return is not shown.
@@ -136,9 +139,7 @@ sphinx_gallery_conf = {
     "parallel": os.cpu_count() if QUICK else False,
 }
 if QUICK:
-    html_theme_options = {
-        "announcement": "Quick build: examples are not trained out."
-    }
+    html_theme_options = {"announcement": "Quick build: examples are not trained out."}
 
 
 # --- The citation ----------------------------------------------------------------------------
@@ -167,7 +168,6 @@ def make_sources(app: Any) -> None:
     draw_all()
     (HERE / "_build").mkdir(exist_ok=True)
     (HERE / "_build" / "citation.bib").write_text(bibtex(), encoding="utf-8")
-    _built.unlink(missing_ok=True)
 
 
 def note_kind(app: Any, exception: Exception | None) -> None:
