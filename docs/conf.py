@@ -39,7 +39,7 @@ exclude_patterns = ["_build", "skeletons"]
 # of the modules that hold them.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(abc|collections|contextlib|matplotlib|numpy|pathlib|pyro|torch|xarray)\..*"),
+    (r"py:.*", r"(?!ppvae\.)\w+\..*"),
     # Imported for type checkers alone, so that a signature has the bare name.
     (r"py:.*", r"tuple\[int|ArrayLike|Axes|Floats|Tensor|Bound|Figure|DataTree"),
     # Parts of ours that have no page: private bases, and what runs a compiled step.
