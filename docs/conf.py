@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sphinx.util.nodes import make_refnode
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -40,12 +41,15 @@ exclude_patterns = ["_build", "skeletons"]
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!ppvae\.)\w+\..*"),
+    # What stands in single backticks is code, and a link where it names something.
+    (r"py:obj", r".*"),
     # Imported for type checkers alone, so that a signature has the bare name.
     (r"py:.*", r"tuple\[int|ArrayLike|Axes|Floats|Tensor|Bound|Figure|DataTree"),
     # Parts of ours that have no page: private bases, and what runs a compiled step.
     (r"py:.*", r"(ppvae\..*\.)?_\w+"),
     (r"py:.*", r"ppvae\.(compiled\.(stepping|captured)|families\.named\.DiagonalGaussian).*"),
 ]
+default_role = "py:obj"
 # A name may stand in two modules (Bernoulli is a family and a likelihood): a reference in a
 # docstring by that bare name then has two targets, and Sphinx's choice of the first will do.
 suppress_warnings = ["ref.python"]
@@ -170,6 +174,20 @@ def make_sources(app: Any) -> None:
     (HERE / "_build" / "citation.bib").write_text(bibtex(), encoding="utf-8")
 
 
+def public_name(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """What `ppvae.compare` leads to: the page of the module that the name is defined in."""
+    import ppvae
+
+    name = node.get("reftarget", "").removeprefix("ppvae.")
+    if node.get("refdomain") != "py" or name not in ppvae.__all__:
+        return None
+    module = getattr(getattr(ppvae, name), "__module__", None)
+    found = env.domains["py"].objects.get(f"{module}.{name}")
+    if found is None:
+        return None
+    return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, content)
+
+
 def note_kind(app: Any, exception: Exception | None) -> None:
     """Write down of which kind the examples' pages are, once all were made."""
     if exception is None:
@@ -177,6 +195,7 @@ def note_kind(app: Any, exception: Exception | None) -> None:
 
 
 def setup(app: Any) -> None:
-    """Call the two."""
+    """Call the three."""
     app.connect("builder-inited", make_sources)
+    app.connect("missing-reference", public_name)
     app.connect("build-finished", note_kind)

@@ -257,7 +257,8 @@ def test_figures_of_papers_stand_in_the_file_that_is_named():
 @pytest.fixture
 def configured(tmp_path, monkeypatch):
     """Runs a copy of docs/conf.py, with an answer in the place of the network."""
-    pytest.importorskip("yaml", reason="comes with the docs extra")
+    pytest.importorskip("sphinx", reason="comes with the docs extra")
+    pytest.importorskip("yaml", reason="comes with it")
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "conf.py", tmp_path / "docs")
     shutil.copy(ROOT / "CITATION.cff", tmp_path)
