@@ -14,6 +14,7 @@ ORDER = (
     # Judging.
     "plot_calibration.py",
     "plot_sandwich.py",
+    "plot_arviz.py",
     # Training.
     "plot_compiled_steps.py",
     "plot_gradient_estimators.py",

@@ -65,7 +65,7 @@ def leads_nowhere(page, target):
     folder = (ROOT / page).parent
     path = folder / name if name else ROOT / page
     if path.parent.name == "auto_examples":
-        example = ROOT / "examples" / f"{path.name}.py"
+        example = ROOT / "examples" / f"{path.stem}.py"
         return None if path.name == "index" or example.exists() else "no such example"
     if path.parent.name == "_graphs":
         return None if path.stem in pairs.__all__ else "no such pair"
