@@ -7,6 +7,7 @@ ORDER = (
     "plot_toy.py",
     "plot_digits_vae.py",
     "plot_foreign_pairs.py",
+    "plot_pictures.py",
     # Mending a gap.
     "plot_explain.py",
     "plot_repairs.py",
