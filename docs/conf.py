@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
     # What stands in single backticks is code, and a link where it names something.
     (r"py:obj", r".*"),
     # Imported for type checkers alone, so that a signature has the bare name.
-    (r"py:.*", r"tuple\[int|ArrayLike|Axes|Floats|Tensor|Bound|Figure|DataTree"),
+    (r"py:.*", r"tuple\[int|ArrayLike|Axes|Floats|Tensor|Bound|Figure|DataTree|Path"),
     # Parts of ours that have no page: private bases, and what runs a compiled step.
     (r"py:.*", r"(ppvae\..*\.)?_\w+"),
     (r"py:.*", r"ppvae\.(compiled\.(stepping|captured)|families\.named\.DiagonalGaussian).*"),
