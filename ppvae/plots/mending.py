@@ -126,6 +126,7 @@ def explanation(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(at, [causes[part] for part in PARTS])
     ax.invert_yaxis()
     ax.margins(x=0.1)
+    ax.locator_params(axis="x", nbins=6)  # Negative ones have long labels.
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("part of the amortization gap ± 2 standard errors\n(nats per datum)")
     return styled(ax, legend=False, grid="x")
