@@ -24,6 +24,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to, constraints
@@ -837,13 +838,29 @@ def prior_draws(model: Program, x: Tensor, num_samples: int) -> dict[str, Tensor
     }
 
 
+class _Unobserved(UnconditionMessenger):
+    """Pyro's handler but for deterministic sites, which it would draw in a wrong shape.
+
+    Their event is all of their value unless their author says otherwise, plates and draws included.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic", False):
+            super()._pyro_sample(msg)
+
+
+def unobserved(model: Program) -> Program:
+    """The model without its observations: it draws what it would observe."""
+    return _Unobserved()(model)
+
+
 def predicted(model: Program, x: Tensor, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Draws of the observed sites given draws of the latents, ``(num_samples, batch, *event)``.
 
     For code that provides the contexts of `judging` itself.
     """
     shape = next(iter(latents.values())).shape[:2]
-    unseen = poutine.condition(poutine.uncondition(model), data=dict(latents))
+    unseen = poutine.condition(unobserved(model), data=dict(latents))
     with unvalidated(), _with_draws(shape), particles(shape[0]):
         trace = poutine.trace(unseen).get_trace(x)
     return {

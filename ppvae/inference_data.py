@@ -27,6 +27,7 @@ from ppvae.density import (
     prior_draws,
     sample_sites,
     site_densities,
+    unobserved,
 )
 from ppvae.diagnostics import pareto_k, pareto_k_threshold
 from ppvae.files import DrawsFile
@@ -473,7 +474,7 @@ class _Source:
 
     def _prior(self, size: int) -> dict[str, Mapping[str, Tensor]]:
         # In both cases, so that the latents do not hang on whether rows are wanted.
-        model = self._model if self._factors else poutine.uncondition(self._model)
+        model = self._model if self._factors else unobserved(self._model)
         values = prior_draws(model, self._x, size)
         latents = {name: values[name] for name in self._sites.latents}
         rest = {name: value for name, value in values.items() if name not in latents}

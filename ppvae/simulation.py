@@ -17,6 +17,7 @@ from ppvae.density import (
     judging,
     read_model,
     sample_sites,
+    unobserved,
     without_trace,
 )
 from ppvae.isolation import check_rows, forked_rng, unvalidated
@@ -122,4 +123,4 @@ def simulate(model: Program, x: Tensor, *, seed: int = 0) -> Simulated:
 def _drawn(model: Program, x: Tensor, seed: int) -> Trace:
     """A run of the model in which nothing is observed; the same seed draws the same."""
     with forked_rng(seed, x.device), unvalidated():
-        return poutine.trace(poutine.uncondition(model)).get_trace(x)
+        return poutine.trace(unobserved(model)).get_trace(x)

@@ -341,6 +341,24 @@ def test_nothing_is_drawn_from_a_factor_but_its_density_counts():
         ppvae.to_datatree(with_a_factor, its_guide, x, groups=["posterior_predictive"])
 
 
+def with_a_deterministic_site(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        # Its event is all of the value, plate and draws included, where nothing else is said.
+        twice = pyro.deterministic("twice", 2 * z)
+        pyro.sample("x", dist.Normal(twice, 0.1), obs=x)
+
+
+def test_a_deterministic_site_is_kept_where_rows_are_drawn():
+    x = torch.tensor([0.3, 1.0, -2.0])
+    tree = ppvae.to_datatree(with_a_deterministic_site, its_guide, x, num_samples=500)
+    for group in ("posterior", "prior"):
+        assert set(tree[group].data_vars) == {"z"}
+        left = tree[f"{group}_predictive"]["x"].values - 2 * tree[group]["z"].values
+        assert five_errors(left, 0.0)
+        assert five_errors(left**2, 0.01)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

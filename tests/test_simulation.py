@@ -19,6 +19,19 @@ def normal(x):
     return pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
 
 
+def test_a_deterministic_site_is_kept():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            # Its event is all of the value, plate included, where nothing else is said.
+            twice = pyro.deterministic("twice", 2 * normal(x))
+            pyro.sample("x", dist.Normal(twice, 0.5), obs=x)
+
+    drawn = simulate(model, torch.zeros(2000))
+    left = drawn.x - 2 * drawn.latents["z"]
+    assert_mean(left, 0.0)
+    assert_mean(left.square(), 0.25)
+
+
 def test_toy_moments(device):
     drawn = simulate(ExponentialGaussian(), torch.zeros(20_000, device=device))
     x, z = drawn.x, drawn.latents["z"]
