@@ -26,13 +26,20 @@ class DrawsFile(ABC):
         """The file for a path, by its suffix.
 
         Raises:
-            ValueError: If there is something already, or nothing to hold it, or no such kind.
+            ValueError: If there is something already, whole or in part, or nothing to hold it, or
+                no such kind.
         """
         kinds = {".nc": _NetCDF, ".zarr": _Zarr}
         if path.suffix not in kinds:
             raise ValueError(f"path: expected a name that ends in .nc or .zarr; got {str(path)!r}.")
         if path.exists():
             raise ValueError(f"path: {str(path)!r} exists; remove it, or choose another.")
+        partial = _partial(path)
+        if partial.exists():
+            raise ValueError(
+                f"path: {str(partial)!r} exists: it is written by another process, or was left by "
+                f"one that was killed. Wait, or remove it, or choose another path."
+            )
         if not path.parent.is_dir():
             raise ValueError(f"path: there is no folder {str(path.parent)!r}; make it first.")
         if path.suffix == ".zarr" and find_spec("zarr") is None:
@@ -45,8 +52,7 @@ class DrawsFile(ABC):
     @contextmanager
     def in_place(self) -> Iterator[DrawsFile]:
         """A file to write to, which gets its name once it is whole."""
-        partial = type(self)(self.path.with_name(f"{self.path.name}.part"))
-        partial.remove()
+        partial = type(self)(_partial(self.path))
         try:
             yield partial
             partial.finish()
@@ -80,6 +86,11 @@ class DrawsFile(ABC):
     @abstractmethod
     def open(self) -> xarray.DataTree:
         """Open it; values are read when they are asked for."""
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is until it is whole."""
+    return path.with_name(f"{path.name}.part")
 
 
 class _NetCDF(DrawsFile):

@@ -411,6 +411,17 @@ def test_a_file_that_is_there_is_left_alone(linear, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_another_has_written_in_part_is_left_alone(linear, suffix, tmp_path):
+    model, guide, x = linear
+    partial = tmp_path / f"draws{suffix}.part"
+    partial.mkdir()
+    (partial / "theirs").write_text("kept")
+    with pytest.raises(ValueError, match=r"path: .*\.part' exists: it is written by another"):
+        ppvae.to_datatree(model, guide, x, num_samples=3, path=tmp_path / f"draws{suffix}")
+    assert (partial / "theirs").read_text() == "kept"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_interrupted_file_leaves_nothing_behind(linear, suffix, tmp_path, monkeypatch):
     model, guide, x = linear
 
