@@ -118,8 +118,9 @@ def to_datatree(
     - ``posterior_predictive``, ``prior_predictive``: rows drawn from p(x given z) for them.
     - ``log_likelihood``: log p(x_n given z_sn) of each observed site, nats.
     - ``sample_stats``: ``log_joint`` log p(x_n, z_sn), ``log_guide`` log q(z_sn given x_n) and
-      ``log_weight``, their difference, nats; ``pareto_k`` of the weights of each row. Of a
-      `LocalFit` also which rows ``converged``, in how many ``steps``, and their ``elbo``.
+      ``log_weight``, their difference, nats; ``pareto_k`` of the weights of each row, NaN with
+      fewer than 25 draws. Of a `LocalFit` also which rows ``converged``, in how many ``steps``,
+      and their ``elbo``.
     - ``observed_data``; ``constant_data``: what is given as such, and the rows, as ``rows``, where
       the model observes something else.
 
@@ -147,8 +148,8 @@ def to_datatree(
             ``{"z": ["factor"]}``; ``"z_dim_0"`` and so on if left out.
         coords: Values along any dimension by its name, such as ``{"data": labels}``.
         sample_dims: Names of the dimensions of the draws. ArviZ's own convention for variational
-            fits is one, ``"sample"``; its ``loo`` wants ``("chain", "draw")``, which gives one
-            chain.
+            fits is one, ``"sample"``; its ``loo`` and some of its plots (``plot_ppc_dist``,
+            ``plot_prior_posterior``) want ``("chain", "draw")``, which gives one chain.
         path: Write to this file, ``.nc`` for netCDF or ``.zarr`` for Zarr (which needs the extra
             ``ppvae[zarr]``), some draws at a time, and open it: values are then read as they are
             asked for. In memory there are ``log_weight`` and some 64 MB of draws. Close the tree
@@ -215,11 +216,13 @@ def _entries(
                 "a model, a guide and x."
             )
         fits = iter(model.local_fits.values())
+        guides = model.dataset["guide"].values.tolist()
+        _check_distinct("guide", guides)
         entries = {
             _flat(name): _Entry(model.guides[name])
             if name in model.guides
             else _of_local_fit(next(fits))
-            for name in model.dataset["guide"].values.tolist()
+            for name in guides
         }
         if "comparison" in entries:
             raise ValueError("guide: the name 'comparison' is kept for the ledger; choose another.")
@@ -243,6 +246,17 @@ def _as_array(value: Any) -> np.ndarray:
 def _flat(name: str) -> str:
     """A name without what netCDF, Zarr and trees take for a folder."""
     return name.replace("/", ".")
+
+
+def _check_distinct(what: str, names: Sequence[str]) -> None:
+    """Refuse names that become one, of which the last alone would be left."""
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(_flat(name), name)
+        if other != name:
+            raise ValueError(
+                f"{what}: {other!r} and {name!r} are both written as {_flat(name)!r}; rename one."
+            )
 
 
 def _described(program: Program) -> str:
@@ -301,6 +315,13 @@ class _Names:
                         f"dims: {dim!r} of {name!r}, whose event shape is {shape}, is {there} "
                         f"elsewhere; choose another name."
                     )
+        for name in shapes:
+            if _flat(name) in {*self.sample, *sizes}:
+                raise ValueError(
+                    f"{name!r} is the name of a dimension and of a variable, which would be taken "
+                    f"for what stands along it: choose another in dims, sample_dims or "
+                    f"constant_data, or rename the site or its plate. Labels go to coords."
+                )
         for dim, values in self.coords.items():
             if dim not in sizes:
                 raise ValueError(f"coords: expected some of {list(sizes)}; got {dim!r}.")
@@ -361,21 +382,29 @@ class _Source:
         seen = {n: site["value"] for n, site in observed.items() if n not in factors}
         self._observed = {n: _as_array(value) for n, value in seen.items()}
         self._constants = dict(constants)
-        if not any(_same(value, x) for value in seen.values()):
-            self._constants.setdefault("rows", _as_array(x))
+        told = {n: v.shape[1:] if self._has_rows(v) else v.shape for n, v in constants.items()}
         self._factors = factors
         self._weights = torch.empty(0)
         shapes = {site.name: site.event_shape for site in self._sites.latents.values()}
         shapes |= {n: value.shape[1:] for n, value in self._observed.items()}
-        shapes |= {n: v.shape[1:] if self._has_rows(v) else v.shape for n, v in constants.items()}
-        shapes |= {"rows": tuple(x.shape[1:])} if "rows" in self._constants else {}
-        self._shapes = shapes
+        known = any(_same(value, x) for value in seen.values())
+        if not known and "rows" not in {*told, *shapes}:
+            self._constants["rows"], told["rows"] = _as_array(x), tuple(x.shape[1:])
+        _check_distinct("Sites", [*shapes, *factors])
+        _check_distinct("constant_data", list(told))
+        for name in told.keys() & shapes.keys():
+            if told[name] != shapes[name]:
+                raise ValueError(
+                    f"constant_data: {name!r} has event shape {told[name]}, and the model's site "
+                    f"of that name {shapes[name]}; choose another name."
+                )
+        self._shapes = shapes = shapes | told
         names.check(self.plate, len(x), shapes)
 
     @property
     def plate(self) -> str:
         """Name of the dimension of the rows."""
-        return self._sites.plate
+        return _flat(self._sites.plate)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -521,7 +550,10 @@ class _Source:
                 dims = {n: self._dims(n, rows=self._has_rows(v)) for n, v in variables.items()}
                 found[group] = self._names.dataset(variables, dims, {})
         if "sample_stats" in self._groups:
-            of_rows = {"pareto_k": pareto_k(self._weights), **self._entry.of_rows}
+            k = self._weights.new_full((len(self._x),), math.nan)
+            if self._num_samples > 1:
+                k = pareto_k(self._weights)
+            of_rows = {"pareto_k": k, **self._entry.of_rows}
             variables = {name: _as_array(value) for name, value in of_rows.items()}
             dims = {name: [self.plate] for name in variables}
             found["sample_stats"] = stats = self._names.dataset(variables, dims, {})

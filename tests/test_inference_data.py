@@ -318,6 +318,65 @@ def test_a_foreign_pair_keeps_its_names(suffix, tmp_path):
         )
 
 
+def test_names_that_become_one_are_refused(linear):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = [pyro.sample(name, dist.Normal(x.new_zeros(()), 1.0)) for name in ("a/b", "a.b")]
+            pyro.sample("x", dist.Normal(sum(z), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for name in ("a/b", "a.b"):
+                pyro.sample(name, dist.Normal(x, 1.0))
+
+    with pytest.raises(ValueError, match=r"Sites: 'a/b' and 'a\.b' are both written as 'a\.b'"):
+        ppvae.to_datatree(model, guide, torch.randn(3))
+    pair, exact, x = linear
+    comparison = ppvae.compare(pair, {"a/b": exact, "a.b": exact}, x[:2])
+    with pytest.raises(ValueError, match=r"guide: 'a/b' and 'a\.b' are both written as 'a\.b'"):
+        ppvae.to_datatree(comparison)
+
+
+def test_rows_and_true_latents_may_be_given_as_constants():
+    x, truth = torch.randn(4, 2), torch.randn(4)
+    given = {"rows": np.arange(4), "k": truth}
+    tree = ppvae.to_datatree(foreign, foreign_guide, x, num_samples=3, constant_data=given)
+    assert tree["constant_data"]["rows"].dims == ("patients",)
+    np.testing.assert_array_equal(tree["constant_data"]["rows"].values, np.arange(4))
+    np.testing.assert_array_equal(tree["constant_data"]["k"].values, truth.numpy())
+
+
+def with_a_folder_as_plate(x):
+    with pyro.plate("clinic/patients", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def its_folder_guide(x):
+    with pyro.plate("clinic/patients", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+
+def test_a_plate_with_a_slash_in_its_name_goes_to_a_file(tmp_path):
+    pair, x = (with_a_folder_as_plate, its_folder_guide), torch.randn(3)
+    told = {"num_samples": 4, "coords": {"clinic.patients": ["p", "q", "r"]}}
+    memory = ppvae.to_datatree(*pair, x, **told)
+    with ppvae.to_datatree(*pair, x, path=tmp_path / "draws.nc", **told) as file:
+        for tree in (memory, file):
+            assert tree["posterior"]["z"].dims == ("sample", "clinic.patients")
+            assert tree["observed_data"]["x"].sel({"clinic.patients": "q"}) == x[1]
+
+
+def test_one_draw_has_densities_and_no_k_hat(linear):
+    model, guide, x = linear
+    tree = ppvae.to_datatree(model, guide, x[:1], num_samples=1)
+    evidence = model.log_evidence(x[:1]).detach().numpy()
+    np.testing.assert_allclose(
+        tree["sample_stats"]["log_weight"].values, evidence[None], atol=1e-10
+    )
+    assert np.isnan(tree["sample_stats"]["pareto_k"].values).all()
+
+
 def with_a_factor(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
@@ -377,6 +436,12 @@ def test_a_deterministic_site_is_kept_where_rows_are_drawn():
         ({"sample_dims": ("data",)}, r"sample_dims: .*plate, 'data'"),
         ({"sample_dims": ("a", "b", "c")}, r"sample_dims: expected"),
         ({"sample_dims": ()}, r"sample_dims: expected"),
+        ({"dims": {"z": ["z"]}}, r"'z' is the name of a dimension and of a variable"),
+        ({"dims": {"x": ["z"]}}, r"'z' is the name of a dimension and of a variable"),
+        ({"constant_data": {"data": np.arange(ROWS)}}, r"'data' is the name .* go to coords"),
+        ({"sample_dims": ("z",)}, r"'z' is the name of a dimension and of a variable"),
+        ({"constant_data": {"z": np.arange(ROWS)}}, r"constant_data: 'z' has event shape \(\)"),
+        ({"constant_data": {"a/b": 1, "a.b": 2}}, r"constant_data: 'a/b' and 'a\.b' are both"),
         ({"path": "draws.csv"}, r"path: .*\.nc or \.zarr"),
         ({"path": "nowhere/draws.nc"}, r"path: there is no folder"),
     ],
