@@ -416,10 +416,23 @@ class Comparison:
             count = self.dataset.sizes["data"]
             per_row = attrs["seconds_local_fit"] / count
             lines.append(
-                f"Fitting q* took {1000 * per_row:.3g} ms a datum, {count} at a time; training the "
-                f"model and the guide took as long as {attrs['break_even']:,.0f} such fits."
+                f"Fitting q* took {1000 * per_row:.3g} ms a datum, {count} at a time. "
+                f"{self.break_even()}"
             )
         return lines
+
+    def break_even(self) -> str:
+        """From how many data on amortization has paid for its training; empty if never or unknown.
+
+        It takes fewer such fits to last as long as the training: encoding takes time too.
+        """
+        even = self.dataset.attrs["break_even"]
+        if not math.isfinite(even):
+            return ""
+        return (
+            f"Training the model and the guide, and encoding each datum, takes less time than such "
+            f"fits from {even:,.0f} data on."
+        )
 
     __repr__ = __str__
 

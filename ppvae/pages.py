@@ -465,12 +465,7 @@ def _prices(comparison: Comparison) -> list[str]:
             f"{_mean_in_words(comparison, 'amortization_gap', name)} nats a datum. It took "
             f"{1000 * seconds / count:.3g} ms a datum, {count} at a time."
         )
-    if math.isfinite(attrs["break_even"]):
-        said.append(
-            f"Training the model and the guide took as long as {attrs['break_even']:,.0f} such "
-            f"fits."
-        )
-    return said
+    return [*said, comparison.break_even()] if math.isfinite(attrs["break_even"]) else said
 
 
 def _mean_in_words(comparison: Comparison, gap: str, name: str) -> str:

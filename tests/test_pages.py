@@ -441,3 +441,14 @@ def test_a_browser_opens_it_on_a_desk_and_on_a_phone(browser: Any, paths: dict[s
             assert min(widths) > 0
             assert min(view.evaluate(CONTRAST)) > 4.5
         context.close()
+
+
+def test_the_break_even_counts_the_encoding(tmp_path):
+    x = torch.linspace(-1, 3, 10)
+    found = ppvae.compare(*pairs.exponential_gaussian(), x)
+    # 100 s + N · 0.4 s = N · 0.6 s: 500 data, while 167 such fits last as long as the training.
+    seconds = {"seconds_training": 100.0, "seconds_encoding": 4.0, "seconds_local_fit": 6.0}
+    found = replace(found, dataset=found.dataset.assign_attrs(seconds, break_even=500.0))
+    said = "encoding each datum, takes less time than such fits from 500 data on."
+    assert said in str(found)
+    assert said in Page(found.to_html(tmp_path / "report.html").read_text(encoding="utf-8")).text
