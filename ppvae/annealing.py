@@ -247,7 +247,7 @@ class Sandwich:
             share that draw, whose error is not in ``upper.stderr``; it is in `width_stderr`.
         width: Mean over the rows of upper less lower, in nats per datum: in expectation the sum
             of what the two are off, and so a bound on either error.
-        width_stderr: Its standard error over the rows.
+        width_stderr: Its standard error over the rows; NaN for a single one.
     """
 
     x: Tensor
@@ -266,6 +266,8 @@ class Sandwich:
     @property
     def width_stderr(self) -> float:
         """Standard error of `width` over the rows."""
+        if len(self.x) < 2:
+            return math.nan
         return float(self._widths.std()) / math.sqrt(len(self.x))
 
     def __repr__(self) -> str:

@@ -717,6 +717,18 @@ def test_widths_are_those_of_the_rows_in_order() -> None:
     assert ax.lines[2].get_ydata() == pytest.approx([-0.03, 0.15, 0.45])
 
 
+def test_whiskers_of_a_sandwich_are_said_to_be_those_of_the_chains() -> None:
+    # The draw of the posterior that the upper chains share scatters too, by an unknown amount.
+    label = plots.sandwich(sandwiches(), ax=axes()).get_ylabel()
+    assert "± 2 errors of the chains" in label
+
+
+def test_the_width_of_a_single_row_has_no_error() -> None:
+    found = ppvae.Sandwich(torch.zeros(1, 2), annealed([-3.5]), annealed([-2.0], "upper"))
+    ax = plots.sandwich_widths({10: found}, ax=axes())
+    assert ax.get_legend().get_texts()[0].get_text() == "10: 1.5 ± unknown"
+
+
 def test_bounds_against_the_work_are_measured_from_the_exact_evidence() -> None:
     lower = {name: each.lower for name, each in sandwiches().items()}
     exact = torch.tensor([-3.0, -2.0, -4.0], requires_grad=True)

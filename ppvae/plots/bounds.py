@@ -149,7 +149,7 @@ def sandwich(
         ax.axhline(level, color=BLACK, linewidth=1, linestyle=":", label="exact")
     _log_numbers(ax, numbers)
     ax.set_xlabel("temperatures")
-    ax.set_ylabel("log p(x) of simulated data\n± 2 standard errors (nats per datum)")
+    ax.set_ylabel("log p(x) of simulated data\n± 2 errors of the chains (nats per datum)")
     return legend_below(styled(ax, legend=False))
 
 
@@ -182,7 +182,7 @@ def sandwich_widths(results: Mapping[int, Sandwich], *, ax: Axes | None = None) 
         ax.plot(
             np.arange(1, len(widths) + 1),
             np.sort(widths),
-            label=f"{n:,}: {found.width:.2g} ± {2 * found.width_stderr:.1g}",
+            label=f"{n:,}: {_width(found)}",
             color=MANY[at % len(MANY)],
             linestyle=LINES[at % len(LINES)],
             marker=MARKS[at % len(MARKS)] if len(widths) < 30 else None,
@@ -200,6 +200,12 @@ def sandwich_widths(results: Mapping[int, Sandwich], *, ax: Axes | None = None) 
 
 def _mean(exact: float | Tensor) -> float:
     return float(torch.as_tensor(exact).detach().double().mean())
+
+
+def _width(found: Sandwich) -> str:
+    """Mean width and two standard errors; one row has none that is known."""
+    error = 2 * found.width_stderr
+    return f"{found.width:.2g} ± " + ("unknown" if math.isnan(error) else f"{error:.1g}")
 
 
 def _check_numbers(name: str, numbers: list[int]) -> None:
