@@ -22,6 +22,8 @@ def ledger(*, training: float = 30.0, even: float | None = None) -> ppvae.Compar
             "approximation_gap_stderr": ("data", [0.02, 0.01, 0.02, 0.03]),
             "amortization_gap_stderr": ("data", [0.01, 0.05, 0.01, 0.04]),
             "inference_gap_stderr": ("data", [0.02, 0.05, 0.02, 0.05]),
+            "approximation_gap_bound": ("data", ["estimate"] * 4),
+            "amortization_gap_bound": ("data", ["estimate"] * 4),
             "pareto_k": (("guide", "data"), [[0.9, 0.2, 0.6, np.nan], [0.1, -np.inf, 0.5, -0.2]]),
         },
         coords={"guide": ["amortized", "per_datapoint"]},

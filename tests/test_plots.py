@@ -243,6 +243,26 @@ def test_bars_are_the_means_and_their_whiskers_two_standard_errors(toy: SimpleNa
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["LogNormal()"]
 
 
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        (["lower", "estimate", "lower", "lower"], " (a lower bound)"),
+        (["upper", "estimate", "lower", "lower"], " (side not known)"),
+    ],
+)
+def test_a_gap_that_is_a_bound_is_called_one(bounds: list[str], said: str) -> None:
+    comparison = ledger()
+    comparison.dataset["approximation_gap_bound"] = ("data", bounds)
+    x = torch.arange(4.0)
+    for ax in (
+        plots.gap_bars(comparison, ax=axes()),
+        plots.gap_sorted(comparison, ax=axes()),
+        plots.gap_against(comparison, x, label="x", ax=axes()),
+    ):
+        labels = ax.get_legend_handles_labels()[1]
+        assert labels == [f"approximation gap{said}", "amortization gap"]
+
+
 def test_bars_of_several_comparisons_stand_under_their_names(toy: SimpleNamespace) -> None:
     other = ppvae.compare(toy.model, toy.guide, toy.x, family=Gamma(), num_samples=200)
     ax = plots.gap_bars({"one": toy.comparison, "two": other}, ax=axes())
@@ -546,7 +566,9 @@ POINTS = [
 ]
 
 
-def timed(evidence: float = -1.5, bound: str = "exact") -> ppvae.ElboAgainstTime:
+def timed(
+    evidence: float = -1.5, bound: str = "exact", converged: float = 1.0
+) -> ppvae.ElboAgainstTime:
     columns = zip(*POINTS, strict=True)
     return ppvae.ElboAgainstTime(
         xarray.Dataset(
@@ -556,7 +578,12 @@ def timed(evidence: float = -1.5, bound: str = "exact") -> ppvae.ElboAgainstTime
                     ("mode", "elbo", "elbo_stderr", "seconds"), columns, strict=True
                 )
             },
-            attrs={"rows": 60, "evidence": evidence, "evidence_bound": bound},
+            attrs={
+                "rows": 60,
+                "evidence": evidence,
+                "evidence_bound": bound,
+                "converged": converged,
+            },
         )
     )
 
@@ -578,6 +605,8 @@ def test_elbos_stand_at_their_seconds() -> None:
     assert {text.get_text(): text.xy[1] for text in ax.texts} == {"L[q*]": -2.0, "log p(x)": -1.5}
     bounded = plots.elbo_against_time(timed(bound="lower"), ax=axes())
     assert {text.get_text() for text in bounded.texts} == {"L[q*]", "lower bound on log p(x)"}
+    part = plots.elbo_against_time(timed(converged=0.9), ax=axes())
+    assert part.texts[0].get_text() == "L[q*], converged in 90% of the rows"
     # Eight times the distance of the ends from the best: that of an untrained encoder is beyond.
     low, high = ax.get_ylim()
     assert -40 < low < -1.5 - 8 * 0.9

@@ -187,13 +187,16 @@ def elbo_against_time(result: ElboAgainstTime, *, ax: Axes | None = None) -> Axe
         ax.plot(seconds[rising], elbo[rising], markersize=4.5, linewidth=1.4, **style)
     last = {mode: float(ds["elbo"].values[ds["mode"].values == mode][-1]) for mode in _MODES}
     ends = [value for value in last.values() if math.isfinite(value)]
-    levels = {"L[q*]": last["per datapoint"]} if math.isfinite(last["per datapoint"]) else {}
+    reached = last["per datapoint"]
+    done = attrs["converged"] == 1
+    star = "L[q*]" if done else f"L[q*], converged in {attrs['converged']:.0%} of the rows"
+    levels = {star: reached} if math.isfinite(reached) else {}
     if math.isfinite(attrs["evidence"]):
         exact = attrs["evidence_bound"] == "exact"
         evidence = "log p(x)" if exact else f"{attrs['evidence_bound']} bound on log p(x)"
         levels[evidence] = attrs["evidence"]
     for name, height in levels.items():
-        best = name == "L[q*]"
+        best = name == star
         dash: Any = (0, (6, 3)) if best else "-"
         color = GREY if best else BLACK
         ax.axhline(height, linewidth=1, zorder=0, color=color, linestyle=dash)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppvae.ledger import bound_of_mean
 from ppvae.plots.style import BLACK, BLUE, ORANGE, axes_or_new, legend_above, styled, whole_ranks
 
 if TYPE_CHECKING:
@@ -47,6 +48,26 @@ def _groups(comparison: Comparison | Mapping[str, Comparison]) -> dict[str, dict
     return {comparison.dataset.attrs["family"]: means}
 
 
+_SIDES = {
+    "estimate": "",
+    "lower": " (a lower bound)",
+    "upper": " (an upper bound)",
+    "none": " (side not known)",
+}
+
+
+def _label(gap: str, *comparisons: Comparison, guide: str | None = None) -> str:
+    """The name of a gap, and on which side of the truth its figures lie."""
+    bounds = []
+    for each in comparisons:
+        dataset = each.dataset if guide is None else _of_guide(each, guide)
+        # Of several guides q* has columns of its own, whose amortization gap nobody draws.
+        known = dataset[f"{gap}_gap_bound"]
+        bounds.append(known.sel(guide=list(each.guides)) if "guide" in known.dims else known)
+    sides = np.concatenate([np.ravel(each.values) for each in bounds])
+    return f"{gap} gap{_SIDES[bound_of_mean(sides)]}"
+
+
 def gap_bars(comparison: Comparison | Mapping[str, Comparison], *, ax: Axes | None = None) -> Axes:
     """Mean approximation and amortization gap, in nats, with two standard errors.
 
@@ -66,6 +87,7 @@ def gap_bars(comparison: Comparison | Mapping[str, Comparison], *, ax: Axes | No
     groups = _groups(comparison)
     if not groups:
         raise ValueError("comparison: expected at least one; got an empty mapping.")
+    of = comparison.values() if isinstance(comparison, Mapping) else [comparison]
     ax = axes_or_new(ax, max(3.6, 1.6 + 1.2 * len(groups)), 3.4)
     at = np.arange(len(groups), dtype=float)
     for shift, (gap, style) in zip((-0.2, 0.2), _GAPS.items(), strict=True):
@@ -75,7 +97,7 @@ def gap_bars(comparison: Comparison | Mapping[str, Comparison], *, ax: Axes | No
             [value for value, _ in means],
             width=0.36,
             yerr=[2 * stderr for _, stderr in means],
-            label=f"{gap} gap",
+            label=_label(gap, *of),
             color="white" if style["hatch"] else style["color"],
             edgecolor=style["color"],
             hatch=style["hatch"],
@@ -132,7 +154,7 @@ def gap_against(
             where[order],
             dataset[f"{gap}_gap"].values[order],
             yerr=2 * dataset[f"{gap}_gap_stderr"].values[order],
-            label=f"{gap} gap",
+            label=_label(gap, comparison, guide=guide),
             color=style["color"],
             marker=style["marker"],
             markerfacecolor="white" if style["hatch"] else style["color"],
@@ -177,7 +199,7 @@ def gap_sorted(comparison: Comparison, *, guide: str | None = None, ax: Axes | N
         ax.plot(
             rank,
             value,
-            label=f"{gap} gap",
+            label=_label(gap, comparison, guide=guide),
             color=style["color"],
             linestyle=style["linestyle"],
             marker=style["marker"] if len(value) < 30 else None,
