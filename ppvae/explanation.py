@@ -50,6 +50,11 @@ _SELECTION_DRAWS = 64
 _MEASURE_DRAWS = 500
 _LEAST_ROWS = 30
 _WIDTH = 256
+# A relation that holds in fewer rows than this may be chance.
+_FEW_ROWS = 10
+# Of a column's range: values of x that are closer are one, but for rounding, and then so are those
+# of a function of x, which may be steep there.
+_ROUNDING, _STEEP = 1e-5, 1e-3
 # Adam's first steps move all weights of a layer alike: so wide a network leaps with more.
 _WIDE_LR = 3e-3
 
@@ -543,7 +548,7 @@ class _Widened:
         # What never changes, or hardly, carries nothing.
         self.used = self.scale > 1e-6 * seen.abs().amax(dim=0).clamp(min=1e-12)
         size = sum(f.num_params for f in setting.elbo.families.values())
-        self.sees_everything = _determines(seen, x.reshape(len(x), -1))
+        self.sees_everything = determines(seen, x.reshape(len(x), -1))
         inputs = max(1, int(self.used.sum()))
         self.network = MLP(inputs, [_WIDTH, _WIDTH], size).to(x)
         with torch.no_grad():
@@ -664,9 +669,13 @@ def _needing_gradients(params: list[Tensor]) -> Iterator[None]:
             param.requires_grad_(flag)
 
 
-def _determines(seen: Tensor, x: Tensor) -> bool:
-    """Whether x is a linear map of what the guide is given, such as x itself, centred or scaled."""
-    if seen.shape == x.shape and torch.equal(seen, x):
+def determines(seen: Tensor, x: Tensor) -> bool:
+    """Whether what the guide is given has all of x in it.
+
+    That is seen where x is a linear map of it, such as x itself, centred or scaled, or where each
+    of its columns goes up or down with the same one of x, as logarithms do.
+    """
+    if seen.shape == x.shape and (torch.equal(seen, x) or _goes_with(seen, x)):
         return True
     if len(x) < 2 * (seen.shape[1] + 1):  # A fit to few rows says nothing.
         return False
@@ -674,6 +683,20 @@ def _determines(seen: Tensor, x: Tensor) -> bool:
     wanted = x.double().cpu()
     left = wanted - design @ torch.linalg.lstsq(design, wanted, driver="gelsd").solution
     return bool((left.square().sum(dim=0) <= 1e-6 * wanted.square().sum(dim=0)).all())
+
+
+def _goes_with(seen: Tensor, x: Tensor) -> bool:
+    """Whether each column of one is strictly monotone in the same column of the other."""
+    if len(x) < _FEW_ROWS:
+        return False
+    ordered, order = x.double().sort(dim=0)
+    aligned = seen.double().gather(0, order)
+    run, step = ordered.diff(dim=0), aligned.diff(dim=0)
+    apart = run > _ROUNDING * (ordered[-1] - ordered[0])
+    # Equal values of x are equal to the guide too, or it is given something else besides.
+    same = step.abs() <= _STEEP * (aligned.amax(dim=0) - aligned.amin(dim=0))
+    rises, falls = (torch.where(apart, sign * step > 0, same).all(dim=0) for sign in (1, -1))
+    return bool((rises | falls).all())
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
@@ -686,6 +709,7 @@ def _error(values: Tensor) -> float:
 
 def _status(longer: Curve, wider: Curve, converged: bool, not_learned: bool) -> str:
     said = []
+    last = "what is not learned" if not_learned else "what inputs are missing"
     if not_learned:
         said.append(
             "The guide is given all of x, so no input is missing: what is called not learned is "
@@ -699,10 +723,10 @@ def _status(longer: Curve, wider: Curve, converged: bool, not_learned: bool) -> 
     elif wider.improving:
         said.append(
             "The wide guide was still improving when its steps ended: capacity counts for more "
-            "than is shown, and missing inputs for less. Raise steps."
+            f"than is shown, and {last} for less. Raise steps."
         )
     if not converged:
-        said.append("q* has not converged in some training rows: missing inputs count for more.")
+        said.append(f"q* has not converged in some training rows: {last} would count for more.")
     return " ".join(said)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import ppvae
 from ppvae import pairs
-from ppvae.explanation import PARTS, EncoderTraining, inputs_of
+from ppvae.explanation import PARTS, EncoderTraining, determines, inputs_of
 from ppvae.families import DiagonalNormal, FullRankNormal
 from ppvae.guides import Amortized, PerDatapoint
 from ppvae.isolation import evaluation_mode, forked_rng, modules_of, private_store
@@ -222,6 +222,25 @@ def test_an_encoder_of_all_of_x_is_not_said_to_lack_inputs():
     assert "  not learned " in str(explanation)
     assert "  missing inputs " not in str(explanation)
     assert "Missing inputs counts" not in explanation.sentence()
+
+
+@pytest.mark.parametrize(
+    ("function", "everything"),
+    [
+        (torch.log1p, True),
+        (torch.sqrt, True),
+        (lambda x: (x - 5) / 5, True),
+        (lambda x: -x.exp(), True),
+        (lambda x: x.round(), False),
+        (lambda x: (x - 2) ** 2, False),
+        (lambda x: x.flip(-1).log1p() * 0 + x[..., :1], False),
+        (lambda x: torch.cat([x[..., :2].log(), x[..., :1]], dim=-1), False),
+    ],
+    ids=["log1p", "sqrt", "scaled", "falling", "rounded", "folded", "one column", "two columns"],
+)
+def test_an_encoder_of_an_invertible_function_is_given_all_of_x(function, everything):
+    x = torch.rand(200, 3) * 4 + 0.1
+    assert determines(function(x), x) is everything
 
 
 def test_the_curves_are_of_the_trainings_that_the_parts_are_read_from():
