@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     import xarray
 
 _PREDICTIVE = ("prior_predictive", "posterior_predictive")
-_DRAWN = ("posterior", "prior", *_PREDICTIVE, "log_likelihood", "sample_stats")
+_VALUES = ("posterior", "prior", *_PREDICTIVE)
+_DRAWN = (*_VALUES, "log_likelihood", "sample_stats")
 GROUPS = (*_DRAWN, "observed_data", "constant_data")
 """The groups that `to_datatree` can make, by ArviZ's names."""
 
@@ -380,7 +381,9 @@ class _Source:
         self._groups = _wanted(groups, factors)
         self._likelihoods = list(observed)
         seen = {n: site["value"] for n, site in observed.items() if n not in factors}
-        self._observed = {n: _as_array(value) for n, value in seen.items()}
+        discrete = {n for n, site in observed.items() if _is_discrete(site["fn"])}
+        self._discrete = discrete | {n for n, z in self._sites.latents.items() if z.is_discrete}
+        self._observed = {n: _as_array(self._counted(n, value)) for n, value in seen.items()}
         self._constants = dict(constants)
         told = {n: v.shape[1:] if self._has_rows(v) else v.shape for n, v in constants.items()}
         self._factors = factors
@@ -488,10 +491,17 @@ class _Source:
                     with forked_rng(other, x.device):
                         drawn |= self._prior(size)
                 yield {
-                    group: {name: _as_array(v)[lead] for name, v in drawn[group].items()}
+                    group: {
+                        name: _as_array(self._counted(name, v) if group in _VALUES else v)[lead]
+                        for name, v in drawn[group].items()
+                    }
                     for group in self._groups
                     if group in drawn
                 }
+
+    def _counted(self, name: str, value: Tensor) -> Tensor:
+        """Values of a discrete site as whole numbers, which ArviZ's pictures of counts want."""
+        return value.long() if name in self._discrete else value
 
     def _densities(
         self, latents: Mapping[str, Tensor], log_q: Tensor
@@ -593,6 +603,10 @@ def _ledger(comparison: Comparison, names: _Names, first: _Source, *_: _Source) 
     """The figures of a comparison, with what the reader wants along the rows."""
     rows = names.coords.get(first.plate)
     return comparison.dataset if rows is None else comparison.dataset.assign_coords(data=rows)
+
+
+def _is_discrete(fn: Any) -> bool:
+    return bool(getattr(getattr(fn, "support", None), "is_discrete", False))
 
 
 def _same(value: Tensor, x: Tensor) -> bool:

@@ -377,6 +377,26 @@ def test_one_draw_has_densities_and_no_k_hat(linear):
     assert np.isnan(tree["sample_stats"]["pareto_k"].values).all()
 
 
+@pytest.mark.parametrize("suffix", [None, *SUFFIXES])
+def test_counts_are_whole_numbers(suffix, tmp_path):
+    x = torch.randn(4, 2)
+    path = None if suffix is None else tmp_path / f"draws{suffix}"
+    with ppvae.to_datatree(foreign, foreign_guide, x, num_samples=5, path=path) as tree:
+        for group, name in (
+            ("posterior", "k"),
+            ("prior", "k"),
+            ("posterior_predictive", "n"),
+            ("prior_predictive", "n"),
+            ("observed_data", "n"),
+        ):
+            assert tree[group][name].dtype.kind == "i", group
+        assert tree["posterior"]["part.a"].dtype.kind == "f"
+        assert tree["log_likelihood"]["n"].dtype.kind == "f"
+        rate = np.exp(tree["posterior"]["part.a"].values + tree["posterior"]["k"].values)
+        expected = 2 * (np.log(rate) - rate)
+        np.testing.assert_allclose(tree["log_likelihood"]["n"].values, expected, atol=1e-4)
+
+
 def with_a_factor(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
