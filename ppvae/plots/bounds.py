@@ -149,7 +149,7 @@ def sandwich(
         ax.axhline(level, color=BLACK, linewidth=1, linestyle=":", label="exact")
     _log_numbers(ax, numbers)
     ax.set_xlabel("temperatures")
-    ax.set_ylabel("log p(x) of simulated data\n± 2 errors of the chains (nats per datum)")
+    ax.set_ylabel("log p(x) of simulated data\n± 2 chain errors (nats per datum)")
     return legend_below(styled(ax, legend=False))
 
 
