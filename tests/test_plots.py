@@ -749,7 +749,7 @@ def test_widths_are_those_of_the_rows_in_order() -> None:
 def test_whiskers_of_a_sandwich_are_said_to_be_those_of_the_chains() -> None:
     # The draw of the posterior that the upper chains share scatters too, by an unknown amount.
     label = plots.sandwich(sandwiches(), ax=axes()).get_ylabel()
-    assert "± 2 errors of the chains" in label
+    assert "± 2 chain errors" in label
 
 
 def test_the_width_of_a_single_row_has_no_error() -> None:
