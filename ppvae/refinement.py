@@ -58,7 +58,8 @@ class Refinement:
             or ``"given up"``.
         reason: For each row, why, in words.
         predicted_gap: ``(batch,)``: what one evaluation at the guide's output predicted, in nats.
-        remaining: ``(batch,)``: the same figure at the end.
+        remaining: ``(batch,)``: the same figure at the end: to first order, in the mode that the
+            row is in. A mode elsewhere may be higher by any number of nats.
         gain: ``(batch,)``: nats by which the ELBO rose, measured on draws of its own, common to
             before and after; zero in rows that were left as they are.
         gain_stderr: ``(batch,)``: its standard error, NaN where the gain is infinite.
@@ -102,6 +103,11 @@ class Refinement:
                 f"In {int((~finite).sum())} rows, not counted there, the guide had no finite ELBO "
                 f"and has one now."
             )
+        if self.count(REFINED):
+            lines.append(
+                "What a refined row still promises is below the tolerance to first order, in the "
+                "mode that the row is in; other modes were not looked for."
+            )
         given_up = [
             why for why, what in zip(self.reason, self.outcome, strict=True) if what == GIVEN_UP
         ]
@@ -126,6 +132,11 @@ def refine(
     row's amortization gap. Rows that promise less than ``tolerance`` are accepted as they are. The
     others take natural-gradient steps inside of a trust region, those that promise most first,
     until every row promises less than the tolerance or the budget is spent.
+
+    A promise is to first order, and speaks of the mode that the row is in. Where log p(x, z) has
+    several modes and the guide's output lies in a poor one, the row is mended within that mode, or
+    accepted in it, however far below q* it stays. `fit_per_datapoint` with ``init=guide`` looks for
+    other modes; `ppvae.compare` has q* beside the guide.
 
     Args:
         model: A Pyro model with one local plate over the rows, called as ``model(x)``.

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from ppvae.comparison import paired_weights
 from ppvae.explanation import Explanation
 from ppvae.ledger import GAPS, Comparison, bound_of_mean
-from ppvae.refinement import Refinement
+from ppvae.refinement import GIVEN_UP, Refinement
 from ppvae.repairs import RepairCosts
 from ppvae.training import Fit
+
+_PAIRED_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,54 @@ def amortization_gap_at_most(comparison: Comparison) -> float:
     return mean + 2 * stderr + float(left.mean())
 
 
+@dataclass(frozen=True)
+class BelowBest:
+    """Mended rows whose ELBO is clearly below that of q*.
+
+    Attributes:
+        rows: Their number.
+        most: The largest difference, in nats; 0 without such rows.
+        stderr: Its Monte Carlo standard error.
+    """
+
+    rows: int
+    most: float
+    stderr: float
+
+
+def below_best(refined: Refinement, comparison: Comparison, tolerance: float) -> BelowBest:
+    """Of the rows that were accepted or refined, those that are short of the comparison's q*.
+
+    A row counts where q* is higher by more than the tolerance and four standard errors, on common
+    draws.
+
+    Args:
+        refined: What `ppvae.refine` did on the compared rows.
+        comparison: The comparison of the same rows.
+        tolerance: The tolerance of the refinement, in nats.
+    """
+    best = comparison.local.guide
+    both = {"best": best, "mended": refined.guide}
+    seed = int(comparison.dataset.attrs["seed"]) + 3
+    weights = paired_weights(comparison.model, both, comparison.x, _PAIRED_DRAWS, seed)
+    difference = (weights["best"] - weights["mended"]).double()
+    mean, stderr = difference.mean(dim=0), difference.std(dim=0) / math.sqrt(_PAIRED_DRAWS)
+    done = torch.tensor([what != GIVEN_UP for what in refined.outcome]).to(mean.device)
+    # Infinitely far below has no error.
+    short = torch.nonzero(done & (mean > tolerance + 4 * stderr.nan_to_num(0.0))).flatten()
+    if len(short) == 0:
+        return BelowBest(0, 0.0, 0.0)
+    row = short[mean[short].argmax()]
+    return BelowBest(len(short), float(mean[row]), float(stderr[row]))
+
+
 def summary(
     comparison: Comparison,
     record: Mapping[str, Any],
     origin: str,
     training: Fit | None,
     refined: Refinement,
+    below: BelowBest,
     results: Mapping[str, Explanation | RepairCosts],
     folder: str,
     files: Sequence[str],
@@ -90,6 +136,7 @@ def summary(
         origin: Where the compared rows come from, in words.
         training: The record of the training, if there was one.
         refined: What `ppvae.refine` did on the same rows.
+        below: Which of its rows q* is above.
         results: Causes and prices, where they were asked for.
         folder: Where the files lie.
         files: Their names.
@@ -117,7 +164,7 @@ def summary(
         },
         "latent_units": int(attrs["latent_units"]),
         "worst_rows": [_row(comparison, row) for row in comparison.worst().tolist()],
-        "refine": _refined(refined),
+        "refine": _refined(refined, below),
         "verdict": comparison.verdict(),
         "break_even": _break_even(attrs["break_even"], training),
         "seconds": {name: float(value) for name, value in seconds.items()},
@@ -188,10 +235,15 @@ def _row(comparison: Comparison, row: int) -> dict[str, Any]:
     }
 
 
-def _refined(done: Refinement) -> dict[str, Any]:
+def _refined(done: Refinement, below: BelowBest) -> dict[str, Any]:
     mean, stderr = done.mean_gain()
     counts = {name: done.count(name) for name in ("accepted", "refined", "given up")}
-    return {"gain": {"mean": mean, "stderr": stderr}, "rows": counts, "seconds": done.seconds}
+    return {
+        "gain": {"mean": mean, "stderr": stderr},
+        "rows": counts,
+        "below_q_star": {"rows": below.rows, "most": below.most, "stderr": below.stderr},
+        "seconds": done.seconds,
+    }
 
 
 def _break_even(rows: float, training: Fit | None) -> float | Missing:

@@ -424,6 +424,66 @@ def test_the_document_says_what_the_ledger_says_and_nothing_else_is_printed(
     assert re.findall(r"`(\w+)`", " ".join(rows)) == list(said)
 
 
+MODES = """
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+PHASES = torch.linspace(0, 6, 8)
+
+
+def model(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 2.0))
+        mean = torch.sin(PHASES + z[..., None])
+        pyro.sample("x", dist.Normal(mean, 0.4).to_event(1), obs=x)
+
+
+def guide(x):
+    late = 2 * math.pi * (x[:, 0] > 0.3)
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(late + 0.3, 0.2))
+
+
+def build():
+    return model, guide
+"""
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_rows_refined_in_a_poorer_mode_are_counted_against_q_star(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of five rows begin a turn of 2π away, where the prior alone differs.
+
+    That costs E_q*[(z + 2π)² − z²] / 8 = (π² + π m) / 2 nats at a mean m of q*, of 0.1 to 0.6.
+    """
+    monkeypatch.delitem(sys.modules, "two_modes", raising=False)
+    (here / "two_modes.py").write_text(MODES, encoding="utf-8")
+    phases, late = np.linspace(0, 6, 8), np.array([0.1, 0.15, 0.2, 0.4, 0.6])
+    np.save(here / "x.npy", np.sin(phases + late[:, None]).astype("float32"))
+    command = ["compare", "two_modes:build", "--data", "x.npy", "--steps", "0", "--num-data", "5"]
+    assert cli.main([*command, "--num-samples", "100", "--no-progress"]) == 0
+    printed = capsys.readouterr().out
+    [most, error] = re.findall(
+        r"In 2 of the rows accepted or refined q\* is still higher, by up to (\S+) ± (\S+) nats\.",
+        printed,
+    )[0]
+    assert "0 given up." in printed
+    # The prior shrinks the phase a little, and the other mode's optimum is a little better yet.
+    exact = (np.pi**2 + np.pi * late[-1]) / 2
+    assert abs(float(most) - exact) < 4 * float(error) + 0.1
+    assert cli.main([*command, "--num-samples", "100", "--json"]) == 0
+    below = json.loads(capsys.readouterr().out)["refine"]["below_q_star"]
+    assert below["rows"] == 2
+    assert float(most) == pytest.approx(below["most"], rel=0.01)
+    np.save(here / "x.npy", np.sin(phases + late[:3, None]).astype("float32"))
+    assert cli.main([*command, "--num-samples", "100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["refine"]["below_q_star"]["rows"] == 0
+
+
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.filterwarnings("ignore:.*invalid value:RuntimeWarning")
 def test_what_is_no_number_is_null_with_a_reason(

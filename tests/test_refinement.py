@@ -641,3 +641,39 @@ def test_the_result_works_wherever_a_guide_does():
     assert float(((after.value - before.value - done.gain).abs() / error).max()) < 4.5
     short = model.log_evidence(x).detach() - after.value
     assert bool((short.abs() < 0.01 + 5 * after.stderr).all())
+
+
+def test_a_row_in_a_poorer_mode_is_mended_there_and_the_words_say_so():
+    """A turn of 2π leaves the likelihood as it is: the modes differ by the prior alone.
+
+    With q* at mean m, q* turned has an ELBO that is E_q*[(z + 2π)² − z²] / 8 = (π² + π m) / 2
+    lower, and is no better than the best there; the same from the other side.
+    """
+    phases = torch.linspace(0, 6, 8)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 2.0))
+            mean = torch.sin(phases + z[..., None])
+            pyro.sample("x", dist.Normal(mean, 0.4).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(2 * math.pi + 0.3 * torch.ones(len(x)), 0.2))
+
+    x = torch.sin(phases + torch.linspace(0.1, 0.6, 6)[:, None])
+    done = ppvae.refine(model, guide, x)
+    assert done.outcome == ("refined",) * 6
+    assert float(done.remaining.max()) < 0.01
+    best = ppvae.fit_per_datapoint(model, None, x, init=guide)
+    left, error = mean_and_error(model, best.guide, done.guide, x)
+    turned, upright = (g.table("z").weight.detach()[:, 0] for g in (done.guide, best.guide))
+    assert float(turned.min()) > 5
+    assert float(upright.abs().max()) < 1
+    most = (math.pi**2 + math.pi * upright) / 2
+    least = (math.pi**2 + math.pi * (turned - 2 * math.pi)) / 2
+    # Each end is within the tolerance of its optimum.
+    assert bool((left < most + 0.01 + 4 * error).all())
+    assert bool((left > least - 0.01 - 4 * error).all())
+    assert "in the mode that the row is in; other modes were not looked for" in repr(done)
+    assert "modes" not in repr(ppvae.refine(model, guide, x, tolerance=1e3))
