@@ -370,6 +370,29 @@ def test_the_cheapest_repair_depends_on_how_many_data_there_are() -> None:
     assert costs.cheapest(1.0, 1) is None
 
 
+def test_the_sentence_on_the_cheapest_names_a_lower_price_that_clocks_cannot_tell_from_it() -> None:
+    costs = by_hand()
+    first = "For 1,000 data the cheapest that brings back nine tenths of the amortization gap: "
+    assert costs.sentences()[0] == f"{first}steps, 10 s."
+    costs.dataset["seconds_per_row"][2] = 0.009
+    assert costs.sentences()[0] == (
+        f"{first}steps, 10 s; q*, 9 s, cannot be told from it, as clocks are no better than 25%."
+    )
+    costs.dataset["seconds_per_row"][2] = 0.0079
+    assert costs.sentences()[0] == f"{first}q*, 7.9 s."
+
+
+def test_the_sentences_say_how_figures_differ_from_those_of_other_calls() -> None:
+    costs = by_hand()
+    even, shares = "The figure of compare is another", "Those of explain are of"
+    assert even not in str(costs)
+    assert shares in str(costs)
+    costs.dataset.attrs["break_even"] = 98.0
+    assert even in str(costs)
+    untrained = costs.dataset.sel(repair=costs.dataset["kind"] != "training")
+    assert shares not in str(ppvae.RepairCosts(untrained))
+
+
 def test_the_printed_table_holds_the_figures(case: SimpleNamespace) -> None:
     lines = str(case.costs).splitlines()
     ds = case.costs.dataset
