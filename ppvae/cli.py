@@ -739,7 +739,7 @@ class _Run:
             with _ctrl_c_later():
                 save_run(self.out, self.settings, model, guide, rows, training)
                 clear(self.out)
-                write_settings(self.settings, rows, self.out)
+                write_settings(self.settings, rows, training, self.out)
             return self.compared(rows, model, guide, training)
         except KeyboardInterrupt:
             raise _StoppedError(
@@ -800,12 +800,15 @@ class _Run:
                 self.say(f"{result}\n")
                 results[name] = result
         except KeyboardInterrupt:
-            write(settings, model, guide, rows, comparison, results, self.out)
+            write(settings, model, guide, rows, training, comparison, results, self.out)
             raise
-        written = [*write(settings, model, guide, rows, comparison, results, self.out), SAVED]
+        written = [
+            *write(settings, model, guide, rows, training, comparison, results, self.out),
+            SAVED,
+        ]
         self.say(f"Wrote {', '.join(written)} into {self.out}.")
         if self.as_document:
-            known = record(settings, rows)
+            known = record(settings, rows, training)
             found = (training, refined, results, str(self.out), written, self.limit)
             click.echo(as_json(summary(comparison, known, rows.origin, *found)))
         return self.judged(comparison)

@@ -262,6 +262,10 @@ def _compare(
         # What else the machine does only ever adds to the time.
         encoding = min(seconds_to_encode(next(iter(guides.values())), x) for _ in range(_REPEATS))
         encode = encoding / len(x)
+        dataset.attrs["training_status"] = fit.status
+        dataset.attrs["training_steps"] = fit.steps
+        # An integer: netCDF has no booleans.
+        dataset.attrs["training_completed"] = int(fit.completed)
         dataset.attrs["seconds_training"] = fit.seconds
         dataset.attrs["seconds_encoding"] = encoding
         dataset.attrs["break_even"] = (

@@ -595,7 +595,10 @@ def test_a_run_that_goes_on_is_the_same_and_does_not_train(
     assert table(printed)[1:] == first
     after = ledger(here / "again")
     xarray.testing.assert_identical(after.drop_attrs(), before.drop_attrs())
-    assert after.attrs["seconds_training"] == before.attrs["seconds_training"]
+    kept = ("seconds_training", "training_status", "training_steps", "training_completed")
+    assert all(after.attrs[name] == before.attrs[name] for name in kept)
+    assert after.attrs["training_status"] == "completed 30 steps"
+    assert "Training not completed" not in printed
     command = example("ppvae compare --resume ppvae-out --num-samples 5000")
     assert cli.main([*command, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -715,7 +718,16 @@ def test_ctrl_c_ends_the_training_and_then_the_run_which_goes_on_later(
     assert files(own / "ppvae-out") == {"settings.json", "trained.pt"}
     assert cli.main(["compare", "--resume", "ppvae-out"]) == 0
     assert seen.fits == 0
-    assert f"interrupted after {steps[1]} of 100000000 steps" in capsys.readouterr().out
+    status = f"interrupted after {steps[1]} of 100000000 steps"
+    printed = capsys.readouterr().out
+    assert f"Training not completed ({status})" in printed
+    # The record says so wherever it is read.
+    settings = json.loads((own / "ppvae-out" / "settings.json").read_text(encoding="utf-8"))
+    attrs = ledger(own / "ppvae-out").attrs
+    for known in (settings, attrs):
+        assert (known["training_status"], known["training_steps"]) == (status, int(steps[1]))
+    page = (own / "ppvae-out" / "report.html").read_text(encoding="utf-8")
+    assert f"Training not completed ({status})" in page.split('<div class="said alarm">')[1]
     saved = torch.load(own / "ppvae-out" / "trained.pt", weights_only=True)["modules"]["guide"]
     guide = seen.comparison.guides["amortized"]
     assert all(torch.equal(value, saved[name]) for name, value in guide.state_dict().items())
