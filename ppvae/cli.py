@@ -721,6 +721,11 @@ class _Run:
     def progress(self) -> bool:
         return not (self.quiet or self.no_progress)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the folder's results are of this very pair: they stay until there are others."""
+        return self.saved is not None and self.saved.path.parent.resolve() == self.out.resolve()
+
     def say(self, text: str) -> None:
         if not (self.quiet or self.as_document):
             click.echo(text)
@@ -738,8 +743,9 @@ class _Run:
         try:
             with _ctrl_c_later():
                 save_run(self.out, self.settings, model, guide, rows, training)
-                clear(self.out)
-                write_settings(self.settings, rows, training, self.out)
+                if not self.in_place:
+                    clear(self.out)
+                    write_settings(self.settings, rows, training, self.out)
             return self.compared(rows, model, guide, training)
         except KeyboardInterrupt:
             raise _StoppedError(
@@ -800,12 +806,12 @@ class _Run:
                 self.say(f"{result}\n")
                 results[name] = result
         except KeyboardInterrupt:
-            write(settings, model, guide, rows, training, comparison, results, self.out)
+            with _ctrl_c_later():
+                write(settings, model, guide, rows, training, comparison, results, self.out)
             raise
-        written = [
-            *write(settings, model, guide, rows, training, comparison, results, self.out),
-            SAVED,
-        ]
+        with _ctrl_c_later():
+            written = write(settings, model, guide, rows, training, comparison, results, self.out)
+        written.append(SAVED)
         self.say(f"Wrote {', '.join(written)} into {self.out}.")
         if self.as_document:
             known = record(settings, rows, training)

@@ -685,6 +685,39 @@ def test_an_interrupt_after_the_comparison_leaves_it_written(
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_results_stay_until_others_of_the_same_pair_are_whole(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted_while_writing(*arguments: Any) -> list[str]:
+        signal.raise_signal(signal.SIGINT)
+        return real_write(*arguments)
+
+    assert cli.main(["compare", *SMALL, "--out", "kept", "--quiet"]) == 0
+    results = [here / "kept" / name for name in RECORDS - {"trained.pt"}]
+    before = [path.read_bytes() for path in results]
+    real_compare, real_write = cli.compare, cli.write
+    monkeypatch.setattr(cli, "compare", interrupted)
+    again = ["compare", "--resume", "kept", "--num-samples", "150", "--quiet"]
+    assert cli.main(again) == 130
+    assert [path.read_bytes() for path in results] == before
+    # Results of another pair do not stay beside this one.
+    (here / "other").mkdir()
+    (here / "other" / "ledger.nc").touch()
+    assert cli.main([*again, "--out", "other"]) == 130
+    assert files(here / "other") == {"settings.json", "trained.pt"}
+    # What is being written gets written.
+    monkeypatch.setattr(cli, "compare", real_compare)
+    monkeypatch.setattr(cli, "write", interrupted_while_writing)
+    assert cli.main(again) == 130
+    assert files(here / "kept") == RECORDS
+    settings = json.loads((here / "kept" / "settings.json").read_text(encoding="utf-8"))
+    assert settings["num_samples"] == ledger(here / "kept").attrs["num_samples"] == 150
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_ends_the_training_and_then_the_run_which_goes_on_later(
     own: Path, seen: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
