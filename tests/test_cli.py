@@ -130,6 +130,17 @@ def wide(x):
         pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
 
 
+encoder = nn.Linear(3, 2)
+
+
+def of_a_function(x):
+    pyro.module("encoder", encoder)
+    loc, log_scale = encoder(x).chunk(2, -1)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+mixed = (Model(), of_a_function)
 infinite = (overflowing, wide)
 my_pair = build
 made = build()
@@ -619,6 +630,24 @@ def test_the_trained_pair_can_be_loaded(here: Path, seen: SimpleNamespace) -> No
     weights = ppvae.log_weights(model, guide, seen.test, num_samples=3)
     trained = seen.comparison.guides["amortized"]
     assert torch.equal(weights, ppvae.log_weights(model, trained, seen.test, num_samples=3))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_modules_of_a_function_are_kept_by_the_names_that_the_page_has(
+    own: Path, seen: SimpleNamespace
+) -> None:
+    command = ["compare", "my_module:mixed", "--data", "rows.npy", *SMALL]
+    assert cli.main(command) == 0
+    saved = torch.load(own / "ppvae-out" / "trained.pt", weights_only=True)
+    assert set(saved["modules"]) == {"model", "module 0"}
+    assert all(f'`"{name}"`' in PAGE for name in saved["modules"])
+    model, guide = seen.comparison.model, seen.comparison.guides["amortized"]
+    before = ppvae.log_weights(model, guide, seen.test, num_samples=3)
+    encoder = sys.modules["my_module"].encoder
+    encoder.requires_grad_(False).weight.zero_()
+    assert not torch.equal(ppvae.log_weights(model, guide, seen.test, num_samples=3), before)
+    encoder.load_state_dict(saved["modules"]["module 0"])
+    assert torch.equal(ppvae.log_weights(model, guide, seen.test, num_samples=3), before)
 
 
 @pytest.mark.usefixtures("undrawn")
