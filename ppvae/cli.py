@@ -735,7 +735,7 @@ class _Run:
             click.echo(f"ppvae: {text}", err=True)
 
     def go(self) -> int:
-        rows, model, guide = prepare(self.settings)
+        rows, model, guide = self.prepared()
         if self.saved is not None:
             restore(self.saved, model, guide, rows)
         make_folder(self.out)
@@ -752,6 +752,20 @@ class _Run:
                 f"interrupted. The trained pair is in {self.out}; to go on: ppvae compare "
                 f"--resume {self.out}"
             ) from None
+
+    def prepared(self) -> tuple[Rows, Any, Any]:
+        try:
+            return prepare(self.settings)
+        except ValueError as error:
+            if self.saved is None:
+                raise
+            # What is wrong was given to an earlier run, perhaps in another folder.
+            of = self.settings.pair or f"--model {self.settings.model}"
+            of += f" --data {self.settings.data}" if self.settings.data else ""
+            raise ValueError(
+                f"--resume {self.saved.path.parent}, a run of {of}: {str(error).rstrip('.')}. Go "
+                f"on in the folder in which it was begun, with what it was given."
+            ) from error
 
     def trained(self, rows: Rows, model: Any, guide: Any) -> Fit | None:
         """The record of the training: this run's, or that of the run which it takes up."""

@@ -680,6 +680,13 @@ def test_what_does_not_go_on_is_refused_in_one_line(
     assert "--lr does not go with --resume" in refused("ppvae-out", "--lr", "1")
     assert "PAIR does not go with --resume" in refused("ppvae-out", "my_module:made")
     assert "no trained.pt" in refused("elsewhere")
+    # In another folder: what it misses was given to the run before.
+    (own / "deep").mkdir()
+    monkeypatch.chdir(own / "deep")
+    said = refused("../ppvae-out")
+    assert "a run of my_module:build --data rows.npy: --data: there is no file rows.npy." in said
+    assert "Go on in the folder in which it was begun" in said
+    monkeypatch.chdir(own)
     kept = ledger(own / "ppvae-out")
     rows = np.load("rows.npy")
     np.save("rows.npy", rows + 1)
@@ -838,6 +845,14 @@ MISTAKES = {
     "no data set": (
         ["compare", "--model", "vae", "--data", "frey", "--root", "."],
         "freyfaces.npy",
+    ),
+    "data set elsewhere": (
+        ["compare", "--model", "vae", "--data", "frey", "--root", "."],
+        "pass the folder that holds the files as --root",
+    ),
+    "data set to fetch": (
+        ["compare", "--model", "vae", "--data", "mnist", "--root", "."],
+        "as --root, or --download to fetch",
     ),
     "out is a file": (["compare", "--out", "rows.npy"], "rows.npy"),
     "pair without rows": (["compare", "my_module:made"], "--data"),
