@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from ppvae.catalogue import PAIRS
 from ppvae.comparison import compare
 from ppvae.explanation import Explanation, explain
 from ppvae.ledger import Comparison
+from ppvae.pooling import log_evidence
 from ppvae.preparing import (
     FAMILIES,
     SAVED,
@@ -354,6 +356,16 @@ def cli(context: click.Context) -> None:
 )
 @_option(
     "Comparison",
+    "--evidence",
+    type=click.Choice(["auto", "pooled"]),
+    metavar="HOW",
+    default="auto",
+    show_default=True,
+    help="How log p(x) is found: auto, or pooled for ppvae.log_evidence, which takes each row to "
+    "an error of 0.01 nats where it can, by annealing where weights have heavy tails.",
+)
+@_option(
+    "Comparison",
     "--evidence-samples",
     type=click.IntRange(min=100),
     metavar="N",
@@ -562,6 +574,7 @@ def completion_command(shell: str) -> None:
 # What a run that goes on may have otherwise.
 _ANEW = {
     "num_samples": "num_samples",
+    "evidence": "evidence",
     "evidence_samples": "evidence_samples",
     "max_steps": "max_steps",
     "with_explanation": "explain",
@@ -605,6 +618,7 @@ def _settings(
     lr: float | None,
     num_data: int | None,
     num_samples: int,
+    evidence: str,
     evidence_samples: int,
     max_steps: int | None,
     with_explanation: bool,
@@ -645,6 +659,7 @@ def _settings(
         lr=lr or default.lr,
         num_data=num_data or default.num_data,
         num_samples=num_samples,
+        evidence=evidence,
         evidence_samples=evidence_samples,
         max_steps=max_steps,
         explain=with_explanation,
@@ -797,11 +812,18 @@ class _Run:
         settings, count = self.settings, len(rows.test)
         fewer = f"; {settings.num_data:,} were asked for" if count < settings.num_data else ""
         self.say(f"Comparing on {count:,} rows ({rows.origin}{fewer}).\n")
+        evidence, began = None, time.perf_counter()
+        if settings.evidence == "pooled":
+            seed = settings.seed + 5  # `compare` draws with those before.
+            evidence = log_evidence(model, guide, rows.test, seed=seed, progress=self.progress)
+            self.say(f"log p(x): {evidence}\n")
+        seconds = time.perf_counter() - began
         comparison = compare(
             model,
             guide,
             rows.test,
             fit=training,
+            evidence=evidence,
             num_samples=settings.num_samples,
             evidence_samples=settings.evidence_samples,
             max_steps=settings.max_steps,
@@ -810,6 +832,8 @@ class _Run:
         )
         # The numbers of the rows in their file or split, not among those that were compared.
         named = comparison.dataset.assign_coords(row=("data", rows.numbers.numpy()))
+        if evidence is not None:
+            named.attrs["seconds_evidence"] = seconds
         comparison = replace(comparison, dataset=named)
         self.say(str(comparison))
         results: dict[str, Explanation | RepairCosts] = {}

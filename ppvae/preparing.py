@@ -67,6 +67,7 @@ class Settings:
     lr: float
     num_data: int
     num_samples: int
+    evidence: str
     evidence_samples: int
     max_steps: int | None
     explain: bool

@@ -238,6 +238,30 @@ def test_the_ledger_reads_back_as_it_was_and_as_it_was_printed(
     assert re.search(r"ppvae\.refine on these rows: -?\d\.\d+ ± \d\.\d+ nats a datum", printed)
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_pooled_evidence_is_that_of_the_library(
+    here: Path,
+    seen: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def lower(model: Any, guide: Any, x: Any, **options: Any) -> Any:
+        """Not what `compare` would find by itself."""
+        found = ppvae.log_evidence(model, guide, x, **options)
+        time.sleep(0.05)
+        return replace(found, value=found.value - 1, bound="lower", method="pooled")
+
+    monkeypatch.setattr(cli, "log_evidence", lower)
+    assert cli.main(["compare", "--model", "ppca", *SMALL, "--evidence", "pooled"]) == 0
+    assert "log p(x): Estimate(pooled, lower bound" in capsys.readouterr().out
+    read = ledger(here / "ppvae-out")
+    exact = seen.comparison.model.log_evidence(seen.test)
+    np.testing.assert_allclose(read["log_evidence"], exact.detach() - 1, atol=1e-4)
+    assert (read.attrs["evidence_kind"], read.attrs["evidence_samples"]) == ("pooled", 0)
+    # Its seconds count, although it was found before the comparison.
+    assert read.attrs["seconds_evidence"] >= 0.05
+
+
 def test_the_figures_are_images(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import matplotlib.image
 
