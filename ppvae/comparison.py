@@ -232,6 +232,7 @@ def _compare(
     seconds_elbo = seconds_now(x.device) - began
     began = seconds_now(x.device)
     proposals = [*plan.freed.values(), *(local.guide for local in fits.values())]
+    found_here = evidence is None
     if evidence is None:
         evidence = _evidence(model, sites, proposals, x, evidence_samples, seed + 3, progress)
     seconds_evidence = seconds_now(x.device) - began
@@ -248,7 +249,7 @@ def _compare(
         "latent_units": next(iter(units.values()))[1],
         "ignored_scales": ", ".join(sites.scaled),
         "num_samples": num_samples,
-        "evidence_samples": evidence_samples if evidence.method == "iwae" else 0,
+        "evidence_samples": evidence_samples if found_here and evidence.method == "iwae" else 0,
         "pareto_k_threshold": pareto_k_threshold(num_samples),
         "seed": seed,
         "status": "; ".join(local.status for local in fits.values()),
@@ -262,6 +263,10 @@ def _compare(
         # What else the machine does only ever adds to the time.
         encoding = min(seconds_to_encode(next(iter(guides.values())), x) for _ in range(_REPEATS))
         encode = encoding / len(x)
+        dataset.attrs["training_status"] = fit.status
+        dataset.attrs["training_steps"] = fit.steps
+        # An integer: netCDF has no booleans.
+        dataset.attrs["training_completed"] = int(fit.completed)
         dataset.attrs["seconds_training"] = fit.seconds
         dataset.attrs["seconds_encoding"] = encoding
         dataset.attrs["break_even"] = (

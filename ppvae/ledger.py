@@ -377,6 +377,11 @@ class Comparison:
     def warnings(self) -> list[str]:
         """Where the figures are not what they seem."""
         ds, attrs, lines = self.dataset, self.dataset.attrs, []
+        if not attrs.get("training_completed", True):
+            lines.append(
+                f"Training not completed ({attrs['training_status']}): the figures are those of "
+                f"the pair as it was then."
+            )
         for name in self.guides:
             empty = int((~np.isfinite(ds["elbo"].sel(guide=name))).sum())
             if empty:

@@ -67,6 +67,7 @@ class Settings:
     lr: float
     num_data: int
     num_samples: int
+    evidence: str
     evidence_samples: int
     max_steps: int | None
     explain: bool
@@ -195,13 +196,18 @@ def _vae_rows(settings: Settings) -> Rows:
         binarization = None
     elif settings.likelihood == "bernoulli" and settings.data == "frey":
         binarization = "threshold"
-    images = data.load(
-        settings.data,
-        root=settings.root,
-        binarization=binarization,
-        download=settings.download,
-        seed=settings.seed,
-    )
+    try:
+        images = data.load(
+            settings.data,
+            root=settings.root,
+            binarization=binarization,
+            download=settings.download,
+            seed=settings.seed,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        # The way out, by the options of the command line.
+        said = str(error).replace("as root", "as --root").replace("download=True", "--download")
+        raise ValueError(said) from error
     order = _shuffled(len(images.test), settings.seed)
     chosen = order[: settings.num_data].sort().values
     test = images.test.to(settings.device)

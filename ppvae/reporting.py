@@ -20,6 +20,7 @@ from ppvae.local import LocalFit, fit_per_datapoint
 from ppvae.pages import Drawing, Picture, draw, picture_of, pictures, versions, write_page
 from ppvae.preparing import Rows, Settings
 from ppvae.repairs import RepairCosts
+from ppvae.training import Fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,6 +55,7 @@ def write(
     model: Any,
     guide: Any,
     rows: Rows,
+    training: Fit | None,
     comparison: Comparison,
     results: Mapping[str, Explanation | RepairCosts],
     out: Path,
@@ -64,7 +66,7 @@ def write(
         The names of the files.
     """
     clear(out)
-    written = [_write_ledger(comparison, out), write_settings(settings, rows, out)]
+    written = [_write_ledger(comparison, out), write_settings(settings, rows, training, out)]
     figures = _write_figures(settings, model, guide, rows, comparison, out)
     for name, result in results.items():
         path = out / f"{name}.nc"
@@ -72,12 +74,13 @@ def write(
         written.append(path)
         figures.append(_write_picture(picture_of(result), out))
     written += [_path(figure, out) for figure in figures]
+    known = record(settings, rows, training)
     page = write_page(
         out / "report.html",
         comparison,
         image_shape=rows.event_shape,
         results=list(results.values()),
-        settings={k: v for k, v in record(settings, rows).items() if k != "versions"},
+        settings={k: v for k, v in known.items() if k != "versions"},
         figures=figures,
     )
     return [path.name for path in (page, *written)]
@@ -89,22 +92,24 @@ def _write_ledger(comparison: Comparison, out: Path) -> Path:
     return path
 
 
-def record(settings: Settings, rows: Rows) -> dict[str, Any]:
-    """The settings with the rows, the device and the versions that they met."""
+def record(settings: Settings, rows: Rows, training: Fit | None) -> dict[str, Any]:
+    """The settings with the rows, the training, the device and the versions that they met."""
     device = torch.device(settings.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return asdict(settings) | {
         "rows_trained_on": len(rows.train) if settings.steps else 0,
         "rows_compared": len(rows.test),
+        "training_status": "not trained" if training is None else training.status,
+        "training_steps": 0 if training is None else training.steps,
         "device_name": name or platform.machine(),
         "versions": versions(),
     }
 
 
-def write_settings(settings: Settings, rows: Rows, out: Path) -> Path:
+def write_settings(settings: Settings, rows: Rows, training: Fit | None, out: Path) -> Path:
     """Write `record` as settings.json."""
     path = out / "settings.json"
-    path.write_text(json.dumps(record(settings, rows), indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record(settings, rows, training), indent=2) + "\n", encoding="utf-8")
     return path
 
 

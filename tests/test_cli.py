@@ -130,6 +130,17 @@ def wide(x):
         pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
 
 
+encoder = nn.Linear(3, 2)
+
+
+def of_a_function(x):
+    pyro.module("encoder", encoder)
+    loc, log_scale = encoder(x).chunk(2, -1)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+mixed = (Model(), of_a_function)
 infinite = (overflowing, wide)
 my_pair = build
 made = build()
@@ -225,6 +236,30 @@ def test_the_ledger_reads_back_as_it_was_and_as_it_was_printed(
     assert str(replace(seen.comparison, dataset=read)) in printed
     assert "Worst rows" in printed
     assert re.search(r"ppvae\.refine on these rows: -?\d\.\d+ ± \d\.\d+ nats a datum", printed)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_pooled_evidence_is_that_of_the_library(
+    here: Path,
+    seen: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def lower(model: Any, guide: Any, x: Any, **options: Any) -> Any:
+        """Not what `compare` would find by itself."""
+        found = ppvae.log_evidence(model, guide, x, **options)
+        time.sleep(0.05)
+        return replace(found, value=found.value - 1, bound="lower", method="pooled")
+
+    monkeypatch.setattr(cli, "log_evidence", lower)
+    assert cli.main(["compare", "--model", "ppca", *SMALL, "--evidence", "pooled"]) == 0
+    assert "log p(x): Estimate(pooled, lower bound" in capsys.readouterr().out
+    read = ledger(here / "ppvae-out")
+    exact = seen.comparison.model.log_evidence(seen.test)
+    np.testing.assert_allclose(read["log_evidence"], exact.detach() - 1, atol=1e-4)
+    assert (read.attrs["evidence_kind"], read.attrs["evidence_samples"]) == ("pooled", 0)
+    # Its seconds count, although it was found before the comparison.
+    assert read.attrs["seconds_evidence"] >= 0.05
 
 
 def test_the_figures_are_images(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -655,7 +690,10 @@ def test_a_run_that_goes_on_is_the_same_and_does_not_train(
     assert table(printed)[1:] == first
     after = ledger(here / "again")
     xarray.testing.assert_identical(after.drop_attrs(), before.drop_attrs())
-    assert after.attrs["seconds_training"] == before.attrs["seconds_training"]
+    kept = ("seconds_training", "training_status", "training_steps", "training_completed")
+    assert all(after.attrs[name] == before.attrs[name] for name in kept)
+    assert after.attrs["training_status"] == "completed 30 steps"
+    assert "Training not completed" not in printed
     command = example("ppvae compare --resume ppvae-out --num-samples 5000")
     assert cli.main([*command, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -676,6 +714,24 @@ def test_the_trained_pair_can_be_loaded(here: Path, seen: SimpleNamespace) -> No
     weights = ppvae.log_weights(model, guide, seen.test, num_samples=3)
     trained = seen.comparison.guides["amortized"]
     assert torch.equal(weights, ppvae.log_weights(model, trained, seen.test, num_samples=3))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_modules_of_a_function_are_kept_by_the_names_that_the_page_has(
+    own: Path, seen: SimpleNamespace
+) -> None:
+    command = ["compare", "my_module:mixed", "--data", "rows.npy", *SMALL]
+    assert cli.main(command) == 0
+    saved = torch.load(own / "ppvae-out" / "trained.pt", weights_only=True)
+    assert set(saved["modules"]) == {"model", "module 0"}
+    assert all(f'`"{name}"`' in PAGE for name in saved["modules"])
+    model, guide = seen.comparison.model, seen.comparison.guides["amortized"]
+    before = ppvae.log_weights(model, guide, seen.test, num_samples=3)
+    encoder = sys.modules["my_module"].encoder
+    encoder.requires_grad_(False).weight.zero_()
+    assert not torch.equal(ppvae.log_weights(model, guide, seen.test, num_samples=3), before)
+    encoder.load_state_dict(saved["modules"]["module 0"])
+    assert torch.equal(ppvae.log_weights(model, guide, seen.test, num_samples=3), before)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -708,6 +764,13 @@ def test_what_does_not_go_on_is_refused_in_one_line(
     assert "--lr does not go with --resume" in refused("ppvae-out", "--lr", "1")
     assert "PAIR does not go with --resume" in refused("ppvae-out", "my_module:made")
     assert "no trained.pt" in refused("elsewhere")
+    # In another folder: what it misses was given to the run before.
+    (own / "deep").mkdir()
+    monkeypatch.chdir(own / "deep")
+    said = refused("../ppvae-out")
+    assert "a run of my_module:build --data rows.npy: --data: there is no file rows.npy." in said
+    assert "Go on in the folder in which it was begun" in said
+    monkeypatch.chdir(own)
     kept = ledger(own / "ppvae-out")
     rows = np.load("rows.npy")
     np.save("rows.npy", rows + 1)
@@ -739,6 +802,39 @@ def test_an_interrupt_after_the_comparison_leaves_it_written(
     assert cli.main(["compare", *SMALL, "--out", "none"]) == 130
     assert capsys.readouterr().err.split() == ["ppvae:", "interrupted"]
     assert files(here / "none") == set()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_results_stay_until_others_of_the_same_pair_are_whole(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted_while_writing(*arguments: Any) -> list[str]:
+        signal.raise_signal(signal.SIGINT)
+        return real_write(*arguments)
+
+    assert cli.main(["compare", *SMALL, "--out", "kept", "--quiet"]) == 0
+    results = [here / "kept" / name for name in RECORDS - {"trained.pt"}]
+    before = [path.read_bytes() for path in results]
+    real_compare, real_write = cli.compare, cli.write
+    monkeypatch.setattr(cli, "compare", interrupted)
+    again = ["compare", "--resume", "kept", "--num-samples", "150", "--quiet"]
+    assert cli.main(again) == 130
+    assert [path.read_bytes() for path in results] == before
+    # Results of another pair do not stay beside this one.
+    (here / "other").mkdir()
+    (here / "other" / "ledger.nc").touch()
+    assert cli.main([*again, "--out", "other"]) == 130
+    assert files(here / "other") == {"settings.json", "trained.pt"}
+    # What is being written gets written.
+    monkeypatch.setattr(cli, "compare", real_compare)
+    monkeypatch.setattr(cli, "write", interrupted_while_writing)
+    assert cli.main(again) == 130
+    assert files(here / "kept") == RECORDS
+    settings = json.loads((here / "kept" / "settings.json").read_text(encoding="utf-8"))
+    assert settings["num_samples"] == ledger(here / "kept").attrs["num_samples"] == 150
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -775,7 +871,16 @@ def test_ctrl_c_ends_the_training_and_then_the_run_which_goes_on_later(
     assert files(own / "ppvae-out") == {"settings.json", "trained.pt"}
     assert cli.main(["compare", "--resume", "ppvae-out"]) == 0
     assert seen.fits == 0
-    assert f"interrupted after {steps[1]} of 100000000 steps" in capsys.readouterr().out
+    status = f"interrupted after {steps[1]} of 100000000 steps"
+    printed = capsys.readouterr().out
+    assert f"Training not completed ({status})" in printed
+    # The record says so wherever it is read.
+    settings = json.loads((own / "ppvae-out" / "settings.json").read_text(encoding="utf-8"))
+    attrs = ledger(own / "ppvae-out").attrs
+    for known in (settings, attrs):
+        assert (known["training_status"], known["training_steps"]) == (status, int(steps[1]))
+    page = (own / "ppvae-out" / "report.html").read_text(encoding="utf-8")
+    assert f"Training not completed ({status})" in page.split('<div class="said alarm">')[1]
     saved = torch.load(own / "ppvae-out" / "trained.pt", weights_only=True)["modules"]["guide"]
     guide = seen.comparison.guides["amortized"]
     assert all(torch.equal(value, saved[name]) for name, value in guide.state_dict().items())
@@ -824,6 +929,14 @@ MISTAKES = {
     "no data set": (
         ["compare", "--model", "vae", "--data", "frey", "--root", "."],
         "freyfaces.npy",
+    ),
+    "data set elsewhere": (
+        ["compare", "--model", "vae", "--data", "frey", "--root", "."],
+        "pass the folder that holds the files as --root",
+    ),
+    "data set to fetch": (
+        ["compare", "--model", "vae", "--data", "mnist", "--root", "."],
+        "as --root, or --download to fetch",
     ),
     "out is a file": (["compare", "--out", "rows.npy"], "rows.npy"),
     "pair without rows": (["compare", "my_module:made"], "--data"),
