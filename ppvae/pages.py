@@ -153,7 +153,7 @@ def pictures(comparison: Comparison) -> list[Picture]:
     drawn.append(
         draw(
             "pareto_k",
-            "k-hat of all data, sorted",
+            f"k-hat of all data, sorted. {_use_of_weights(comparison)}",
             _k_hats_in_words(comparison),
             lambda ax: plots.pareto_k_sorted(comparison, ax=ax),
             _LARGE,
@@ -238,6 +238,25 @@ def _k_hats_in_words(comparison: Comparison) -> str:
     return (
         f"A curve of k-hat for each guide and q*, sorted. Above {threshold:.2f} are, of "
         f"{ds.sizes['data']} data, {', '.join(above)}."
+    )
+
+
+def _use_of_weights(comparison: Comparison) -> str:
+    """What k-hat judges, and which of the figures rest on that."""
+    kind = comparison.dataset.attrs["evidence_kind"]
+    judges = "k-hat is the shape of the upper tail of the importance weights of each guide's draws"
+    above = "above the threshold what is estimated from them is not reliable"
+    if kind == "iwae":
+        return (
+            f"{judges}: {above}. log p(x) is estimated from such weights here, and so may be short "
+            f"by more than its error in rows where q* is above."
+        )
+    if kind == "pooled":
+        return f"{judges}: {above}. log p(x) may rest on such weights in some rows."
+    how = "annealed" if kind == "ais" else f"a {comparison.kind()}"
+    return (
+        f"{judges}. No gap on this page rests on them: log p(x) is {how}. Only where the draws "
+        f"were to be reweighted would it matter: {above}."
     )
 
 

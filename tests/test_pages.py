@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import ppvae
-from ppvae import pairs
+from ppvae import pages, pairs
 from ppvae.families import DiagonalNormal, Gamma
 from ppvae.generation import reconstruct
 from ppvae.guides import Amortized
@@ -236,6 +236,22 @@ def test_k_hats_above_the_threshold_are_counted(
     above = (ds["pareto_k"] > ds.attrs["pareto_k_threshold"]).sum("data").to_series()
     (alt,) = [str(i["alt"]) for i in shown["several"].images() if "k-hat" in str(i["alt"])]
     assert all(f"{name}: {count}" in alt for name, count in above.items())
+
+
+def test_the_caption_of_k_hat_says_whether_anything_rests_on_weights(
+    toy: ppvae.Comparison, shown: dict[str, Page]
+) -> None:
+    none = "No gap on this page rests on them: log p(x) is a closed form."
+    some = "log p(x) is estimated from such weights here"
+    assert none in shown["toy"].text
+    assert some not in shown["toy"].text
+    assert some in shown["vae"].text
+    assert none not in shown["vae"].text
+    for kind in ("iwae", "pooled"):
+        ds = toy.dataset.assign_attrs(evidence_kind=kind)
+        assert "No gap" not in pages._use_of_weights(replace(toy, dataset=ds))
+    ds = toy.dataset.assign_attrs(evidence_kind="ais")
+    assert "log p(x) is annealed" in pages._use_of_weights(replace(toy, dataset=ds))
 
 
 def test_bounds_are_marked(vae: ppvae.Comparison, shown: dict[str, Page]) -> None:
