@@ -158,6 +158,7 @@ class Comparison:
         image_shape: Sequence[int] | None = None,
         results: Sequence[Result] = (),
         settings: Mapping[str, Any] | None = None,
+        origin: str = "",
     ) -> Path:
         """Write a report: one page, with its figures in it, that asks nothing of the network.
 
@@ -172,6 +173,8 @@ class Comparison:
             results: What was found of the causes and the prices: what `ppvae.explain` and
                 `ppvae.repair_costs` returned.
             settings: Further settings that the page shall name.
+            origin: Where the rows come from, in words; it stands under the title, with the model
+                and the guide.
 
         Returns:
             The path.
@@ -189,7 +192,12 @@ class Comparison:
         from ppvae.pages import write_page
 
         return write_page(
-            path, self, image_shape=image_shape, results=results, settings=settings or {}
+            path,
+            self,
+            image_shape=image_shape,
+            results=results,
+            settings=settings,
+            origin=origin,
         )
 
     def _repr_html_(self) -> str:
@@ -208,10 +216,10 @@ class Comparison:
             first = [Cell(name.text, self.kind()), Cell(""), figures, *[Cell("")] * 4]
             return TextTable(_WIDE, [first, *self._wide_rows()])
         rows = [
-            (label, f"{side}{mean} ± {error}", sd, Cell("", note))
+            (label, Cell(f"{side}{mean} ± {error}", note), sd)
             for label, side, mean, error, sd, note in self._tall_rows()
         ]
-        return TextTable(("", "mean ± error", "sd", ""), rows)
+        return TextTable(("", "mean ± error", "sd"), rows)
 
     def __str__(self) -> str:
         table = self._wide() if self.several else self._tall()

@@ -394,6 +394,7 @@ def write_page(
     image_shape: Sequence[int] | None = None,
     results: Sequence[Result] = (),
     settings: Mapping[str, Any] | None = None,
+    origin: str = "",
     figures: Sequence[Picture] | None = None,
 ) -> Path:
     """Write the report of a comparison.
@@ -404,6 +405,7 @@ def write_page(
         image_shape: As in `Comparison.to_html`.
         results: As in `Comparison.to_html`.
         settings: As in `Comparison.to_html`.
+        origin: As in `Comparison.to_html`.
         figures: The figures; `pictures` of the comparison and `picture_of` each result if left
             out.
 
@@ -426,11 +428,12 @@ def write_page(
         "shape of a row": tuple(x.shape[1:]),
         "dtype": str(x.dtype).removeprefix("torch."),
         "device": x.device,
-        "model": type(comparison.model).__name__,
+        "model": _model(comparison),
     }
     page = render(
         "report.html",
         comparison=comparison,
+        subject=_subject(comparison, origin),
         losses=_losses(comparison),
         prices=_prices(comparison),
         figures=[each for each in figures if each.name not in (*_NAMES.values(), _COST)],
@@ -447,6 +450,26 @@ def write_page(
     path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _model(comparison: Comparison) -> str:
+    model = comparison.model
+    return str(getattr(model, "__name__", type(model).__name__))
+
+
+def _subject(comparison: Comparison, origin: str) -> list[tuple[str, str]]:
+    """What was compared: the model, the guides, and which rows."""
+    ds = comparison.dataset
+    if comparison.several:
+        guides = [f"{name}, {ds['family'].sel(guide=name).item()}" for name in comparison.guides]
+    else:
+        guides = [ds.attrs["guide_family"]]
+    rows = f"{ds.sizes['data']:,}" + (f", {origin}" if origin else "")
+    return [
+        ("Model", _model(comparison)),
+        ("Guides" if comparison.several else "Guide", "; ".join(guides)),
+        ("Rows", rows),
+    ]
 
 
 def _in_words(result: Result) -> tuple[str, list[str]]:

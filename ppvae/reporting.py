@@ -78,6 +78,7 @@ def write(
         image_shape=rows.event_shape,
         results=list(results.values()),
         settings={k: v for k, v in record(settings, rows).items() if k != "versions"},
+        origin=rows.origin,
         figures=figures,
     )
     return [path.name for path in (page, *written)]

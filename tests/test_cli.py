@@ -294,6 +294,7 @@ def test_causes_and_prices_on_demand(here: Path, capsys: pytest.CaptureFixture[s
     page = (here / "ppvae-out" / "report.html").read_text(encoding="utf-8")
     assert all(f'<span class="text">{name}</span>' in page for name in shown)
     assert "data:image/png" in page
+    assert "12, drawn from the model, held out</p>" in page
     assert cli.main(["compare", *SMALL]) == 0
     assert not added & files(here / "ppvae-out")
 
