@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ GAPS = ("approximation_gap", "amortization_gap", "inference_gap")
 # Nats: smaller gaps are rounding, and no reader's business.
 _NEGLIGIBLE = 1e-4
 _WORST = 5
+# Sentences are broken after so many characters: the documentation's columns hold no more.
+_COLUMNS = 84
 _WIDE = ("guide", "family", "ELBO", "approximation", "amortization", "total", "active")
 
 
@@ -223,9 +226,19 @@ class Comparison:
 
     def __str__(self) -> str:
         table = self._wide() if self.several else self._tall()
-        lines = [f"{self.heading()}:", *table, "", *self._checked(), "", *self._worst_rows()]
-        alarms = self.alarms()
-        return "\n".join([*alarms, *([""] if alarms else []), *lines, self.verdict()])
+        alarms = _broken(self.alarms())
+        return "\n".join(
+            [
+                *alarms,
+                *([""] if alarms else []),
+                f"{self.heading()}:",
+                *table,
+                "",
+                *_broken(self._checked()),
+                "",
+                *_broken([*self._worst_rows(), self.verdict()]),
+            ]
+        )
 
     def kind(self) -> str:
         """How log p(x) was found, and what follows from that for the gaps."""
@@ -424,7 +437,7 @@ class Comparison:
             count = self.dataset.sizes["data"]
             per_row = attrs["seconds_local_fit"] / count
             lines.append(
-                f"Fitting q* took {1000 * per_row:.3g} ms a datum, {count} at a time. "
+                f"Fitting q* took {1000 * per_row:.3g} ms a datum, {count} at a time.\n"
                 f"{self.break_even()}"
             )
         return lines
@@ -443,6 +456,21 @@ class Comparison:
         )
 
     __repr__ = __str__
+
+
+def _broken(sentences: Sequence[str]) -> list[str]:
+    """Lines of at most `_COLUMNS` characters, where words allow it; an indent is kept."""
+    lines = []
+    for line in "\n".join(sentences).splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        lines += textwrap.wrap(
+            line,
+            _COLUMNS,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
 
 
 def _significant(gap: Any, stderr: Any) -> str:
