@@ -410,6 +410,7 @@ def test_what_a_notebook_shows_of_fits(toy: ppvae.Comparison) -> None:
     shown = Page(fit._repr_html_())
     (row,) = [r for t in shown.tables for r in t[1:]]
     assert row[:2] == ["10", "10"]
+    assert "eager" not in shown.text  # How the steps ran is for `compile_report` to say.
     assert_shown(row[2], float(fit.losses[-1:].mean()))
     odd = Page(replace(fit, status=ODD, losses=fit.losses[:0])._repr_html_())
     assert ODD in odd.text
