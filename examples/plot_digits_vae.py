@@ -85,7 +85,10 @@ print(f"of a neighbour by chance it would be {(shares**2).sum():.0%}")
 # to each of some test images on its own and takes the inference gap apart.
 
 comparison = ppvae.compare(model, guide, digits.test[: 10 if QUICK else 60], fit=fit)
-print(comparison)
+comparison
+
+# %%
+# The mean gaps, and those of each image, sorted:
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=[1, 1.6])
 plots.gap_bars(comparison, ax=axes[0])

@@ -83,6 +83,11 @@ comparison = ppvae.compare(model, guide, x_test, fit=fit)
 print(comparison)
 
 # %%
+# In a notebook, and on this page, a comparison that ends a cell is shown as a table:
+
+comparison
+
+# %%
 # Against x one sees where each gap comes from. The approximation gap belongs to the posterior's
 # shape: it is large where the cut at zero goes through the bulk of the normal, and goes to zero
 # where the posterior lies well inside. The amortization gap belongs to the encoder: it depends on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ GAPS = ("approximation_gap", "amortization_gap", "inference_gap")
 # Nats: smaller gaps are rounding, and no reader's business.
 _NEGLIGIBLE = 1e-4
 _WORST = 5
+# Sentences are broken after so many characters: the documentation's columns hold no more.
+_COLUMNS = 84
 _WIDE = ("guide", "family", "ELBO", "approximation", "amortization", "total", "active")
 
 
@@ -158,6 +161,7 @@ class Comparison:
         image_shape: Sequence[int] | None = None,
         results: Sequence[Result] = (),
         settings: Mapping[str, Any] | None = None,
+        origin: str = "",
     ) -> Path:
         """Write a report: one page, with its figures in it, that asks nothing of the network.
 
@@ -172,6 +176,8 @@ class Comparison:
             results: What was found of the causes and the prices: what `ppvae.explain` and
                 `ppvae.repair_costs` returned.
             settings: Further settings that the page shall name.
+            origin: Where the rows come from, in words; it stands under the title, with the model
+                and the guide.
 
         Returns:
             The path.
@@ -189,7 +195,12 @@ class Comparison:
         from ppvae.pages import write_page
 
         return write_page(
-            path, self, image_shape=image_shape, results=results, settings=settings or {}
+            path,
+            self,
+            image_shape=image_shape,
+            results=results,
+            settings=settings,
+            origin=origin,
         )
 
     def _repr_html_(self) -> str:
@@ -208,16 +219,26 @@ class Comparison:
             first = [Cell(name.text, self.kind()), Cell(""), figures, *[Cell("")] * 4]
             return TextTable(_WIDE, [first, *self._wide_rows()])
         rows = [
-            (label, f"{side}{mean} ± {error}", sd, Cell("", note))
+            (label, Cell(f"{side}{mean} ± {error}", note), sd)
             for label, side, mean, error, sd, note in self._tall_rows()
         ]
-        return TextTable(("", "mean ± error", "sd", ""), rows)
+        return TextTable(("", "mean ± error", "sd"), rows)
 
     def __str__(self) -> str:
         table = self._wide() if self.several else self._tall()
-        lines = [f"{self.heading()}:", *table, "", *self._checked(), "", *self._worst_rows()]
-        alarms = self.alarms()
-        return "\n".join([*alarms, *([""] if alarms else []), *lines, self.verdict()])
+        alarms = _broken(self.alarms())
+        return "\n".join(
+            [
+                *alarms,
+                *([""] if alarms else []),
+                f"{self.heading()}:",
+                *table,
+                "",
+                *_broken(self._checked()),
+                "",
+                *_broken([*self._worst_rows(), self.verdict()]),
+            ]
+        )
 
     def kind(self) -> str:
         """How log p(x) was found, and what follows from that for the gaps."""
@@ -421,7 +442,7 @@ class Comparison:
             count = self.dataset.sizes["data"]
             per_row = attrs["seconds_local_fit"] / count
             lines.append(
-                f"Fitting q* took {1000 * per_row:.3g} ms a datum, {count} at a time. "
+                f"Fitting q* took {1000 * per_row:.3g} ms a datum, {count} at a time.\n"
                 f"{self.break_even()}"
             )
         return lines
@@ -440,6 +461,21 @@ class Comparison:
         )
 
     __repr__ = __str__
+
+
+def _broken(sentences: Sequence[str]) -> list[str]:
+    """Lines of at most `_COLUMNS` characters, where words allow it; an indent is kept."""
+    lines = []
+    for line in "\n".join(sentences).splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        lines += textwrap.wrap(
+            line,
+            _COLUMNS,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
 
 
 def _significant(gap: Any, stderr: Any) -> str:

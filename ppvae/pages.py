@@ -153,7 +153,7 @@ def pictures(comparison: Comparison) -> list[Picture]:
     drawn.append(
         draw(
             "pareto_k",
-            "k-hat of all data, sorted",
+            f"k-hat of all data, sorted. {_use_of_weights(comparison)}",
             _k_hats_in_words(comparison),
             lambda ax: plots.pareto_k_sorted(comparison, ax=ax),
             _LARGE,
@@ -238,6 +238,25 @@ def _k_hats_in_words(comparison: Comparison) -> str:
     return (
         f"A curve of k-hat for each guide and q*, sorted. Above {threshold:.2f} are, of "
         f"{ds.sizes['data']} data, {', '.join(above)}."
+    )
+
+
+def _use_of_weights(comparison: Comparison) -> str:
+    """What k-hat judges, and which of the figures rest on that."""
+    kind = comparison.dataset.attrs["evidence_kind"]
+    judges = "k-hat is the shape of the upper tail of the importance weights of each guide's draws"
+    above = "above the threshold what is estimated from them is not reliable"
+    if kind == "iwae":
+        return (
+            f"{judges}: {above}. log p(x) is estimated from such weights here, and so may be short "
+            f"by more than its error in rows where q* is above."
+        )
+    if kind == "pooled":
+        return f"{judges}: {above}. log p(x) may rest on such weights in some rows."
+    how = "annealed" if kind == "ais" else f"a {comparison.kind()}"
+    return (
+        f"{judges}. No gap on this page rests on them: log p(x) is {how}. Only where the draws "
+        f"were to be reweighted would it matter: {above}."
     )
 
 
@@ -375,6 +394,7 @@ def write_page(
     image_shape: Sequence[int] | None = None,
     results: Sequence[Result] = (),
     settings: Mapping[str, Any] | None = None,
+    origin: str = "",
     figures: Sequence[Picture] | None = None,
 ) -> Path:
     """Write the report of a comparison.
@@ -385,6 +405,7 @@ def write_page(
         image_shape: As in `Comparison.to_html`.
         results: As in `Comparison.to_html`.
         settings: As in `Comparison.to_html`.
+        origin: As in `Comparison.to_html`.
         figures: The figures; `pictures` of the comparison and `picture_of` each result if left
             out.
 
@@ -407,11 +428,12 @@ def write_page(
         "shape of a row": tuple(x.shape[1:]),
         "dtype": str(x.dtype).removeprefix("torch."),
         "device": x.device,
-        "model": type(comparison.model).__name__,
+        "model": _model(comparison),
     }
     page = render(
         "report.html",
         comparison=comparison,
+        subject=_subject(comparison, origin),
         losses=_losses(comparison),
         prices=_prices(comparison),
         figures=[each for each in figures if each.name not in (*_NAMES.values(), _COST)],
@@ -428,6 +450,26 @@ def write_page(
     path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _model(comparison: Comparison) -> str:
+    model = comparison.model
+    return str(getattr(model, "__name__", type(model).__name__))
+
+
+def _subject(comparison: Comparison, origin: str) -> list[tuple[str, str]]:
+    """What was compared: the model, the guides, and which rows."""
+    ds = comparison.dataset
+    if comparison.several:
+        guides = [f"{name}, {ds['family'].sel(guide=name).item()}" for name in comparison.guides]
+    else:
+        guides = [ds.attrs["guide_family"]]
+    rows = f"{ds.sizes['data']:,}" + (f", {origin}" if origin else "")
+    return [
+        ("Model", _model(comparison)),
+        ("Guides" if comparison.several else "Guide", "; ".join(guides)),
+        ("Rows", rows),
+    ]
 
 
 def _in_words(result: Result) -> tuple[str, list[str]]:

@@ -81,6 +81,7 @@ def write(
         image_shape=rows.event_shape,
         results=list(results.values()),
         settings={k: v for k, v in known.items() if k != "versions"},
+        origin=rows.origin,
         figures=figures,
     )
     return [path.name for path in (page, *written)]

@@ -90,7 +90,7 @@ class Fit:
             Cell(self._last(), "nats a datum"),
             f"{self.seconds:.1f}",
         )
-        return card(f"Fit: {self.status}", [str(self.compile_report)], TextTable(header, [row]))
+        return card(f"Fit: {self.status}", [], TextTable(header, [row]))
 
     def _last(self) -> str:
         tail = self.losses[-max(1, len(self.losses) // 10) :]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import ppvae
-from ppvae import pairs
+from ppvae import ledger, pairs
 from ppvae.evidence import mixture_evidence
 from ppvae.families import DiagonalNormal, FullRankNormal, Gamma, LogNormal, TruncatedNormal
 from ppvae.guides import Amortized, PerDatapoint, per_datapoint
@@ -443,7 +443,26 @@ def test_the_verdict_names_what_dominates():
     for words, guide in cases.items():
         comparison = ppvae.compare(linear.model, guide, linear.x)
         assert comparison.verdict().startswith(words)
-        assert comparison.verdict() in str(comparison)
+        assert comparison.verdict() in " ".join(str(comparison).split())
+
+
+def test_printed_sentences_are_broken_and_lose_nothing():
+    linear = Linear()
+    guides = {"narrow": linear.diagonal(0.01), "wide": linear.diagonal(1.0)}
+    for pair in (linear.diagonal(1.0), guides):
+        comparison = ppvae.compare(linear.model, pair, linear.x, max_steps=1)
+        lines = str(comparison).splitlines()
+        start = next(n for n, line in enumerate(lines) if line.startswith("Checked: "))
+        # Above are the tables.
+        assert max(map(len, lines[start:])) <= 84
+        said = [*comparison.checks(), *comparison.warnings(), *comparison.costs()]
+        words = " ".join([*said, comparison.verdict()]).split()
+        printed = " ".join(lines[start:]).split()
+        worst = printed.index("Worst")
+        assert printed[:worst] + printed[-len(comparison.verdict().split()) :] == words
+    note = ledger._broken(["  " + "word " * 40])
+    assert len(note) > 1
+    assert all(line.startswith("  word") for line in note)
 
 
 def test_the_worst_rows_are_named():
