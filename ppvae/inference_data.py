@@ -55,6 +55,8 @@ _OF_LOCAL_FIT = ("converged", "steps", "elbo", "elbo_stderr", "predicted_gain", 
 
 # Elements that are held before they are written: 64 MB in float32.
 _HELD = 16_000_000
+# Rows whose weights are smoothed together, in several copies in double precision.
+_ROWS = 500
 
 _Arrays = Mapping[str, Mapping[str, np.ndarray]]
 """By group and variable."""
@@ -562,7 +564,7 @@ class _Source:
         if "sample_stats" in self._groups:
             k = self._weights.new_full((len(self._x),), math.nan)
             if self._num_samples > 1:
-                k = pareto_k(self._weights)
+                k = torch.cat([pareto_k(some) for some in self._weights.split(_ROWS, dim=1)])
             of_rows = {"pareto_k": k, **self._entry.of_rows}
             variables = {name: _as_array(value) for name, value in of_rows.items()}
             dims = {name: [self.plate] for name in variables}
