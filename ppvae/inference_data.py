@@ -191,7 +191,8 @@ def to_datatree(
     }
     further = {}
     if isinstance(model, Comparison):
-        further["comparison"] = _ledger(model, names, *sources.values())
+        plate = next(iter(sources.values())).plate
+        further["comparison"] = _ledger(model, names.coords.get(plate))
     if fit is not None:
         further["training"] = _training(fit)
     return _in_memory(sources, further) if file is None else _written(sources, further, file)
@@ -601,9 +602,8 @@ def _wanted(groups: Sequence[str] | None, factors: Sequence[str]) -> list[str]:
     return [group for group in GROUPS if group in groups]
 
 
-def _ledger(comparison: Comparison, names: _Names, first: _Source, *_: _Source) -> xarray.Dataset:
-    """The figures of a comparison, with what the reader wants along the rows."""
-    rows = names.coords.get(first.plate)
+def _ledger(comparison: Comparison, rows: Any) -> xarray.Dataset:
+    """The figures of a comparison, with what the reader wants along the rows, if anything."""
     return comparison.dataset if rows is None else comparison.dataset.assign_coords(data=rows)
 
 
