@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.overrides import TorchFunctionMode
 
+from ppvae import factorized
 from ppvae.graphs import Repeated, capturing
 from ppvae.isolation import check_rows, evaluation_mode, forked_rng, private_store, unvalidated
 
@@ -531,20 +532,20 @@ def _behind_a_delta(
 def _site_log_prob(site: dict[str, Any], *, observed: bool) -> Tensor:
     """Unscaled log density of a site, −inf where a latent value lies outside of the support."""
     fn, value = site["fn"], site["value"]
-    log_prob = fn.log_prob(value) if observed else log_density(fn, value)
+    log_prob = factorized.log_prob(fn, value) if observed else log_density(fn, value)
     return scale_and_mask(log_prob, 1.0, site["mask"])
 
 
 def log_density(fn: Any, value: Tensor) -> Tensor:
     """The log density of a distribution, −inf where a value lies outside of its support."""
     if not hasattr(fn, "support") or _is_everywhere(fn.support):
-        return torch.as_tensor(fn.log_prob(value))
+        return factorized.log_prob(fn, value)
     inside = fn.support.check(value)
     if not capturing() and bool(inside.all()):
-        return torch.as_tensor(fn.log_prob(value))
+        return factorized.log_prob(fn, value)
     where = inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim()))
     safe = torch.where(where, value, _anywhere_inside(fn, value))
-    return torch.as_tensor(fn.log_prob(safe)).masked_fill(~inside, -torch.inf)
+    return factorized.log_prob(fn, safe).masked_fill(~inside, -torch.inf)
 
 
 def _is_everywhere(support: Any) -> bool:

@@ -49,6 +49,28 @@ class Graph:
 
 class _State:
     active = False
+    # Seconds that graphs would have saved in this process so far; None once one is captured.
+    forgone: float | None = 0.0
+
+
+# What a capture takes, and the first one in a process, for which much of torch has to be loaded.
+_CAPTURE_SECONDS, _LOADING_SECONDS = 0.3, 1.5
+
+
+def capture_pays(coming: float, each: float) -> bool:
+    """Whether to capture a function now, where it is not known who else will ask in this process.
+
+    What has been lost by not loading the tools before counts as if it were to come again: no more
+    than twice the least possible time is spent, whatever comes.
+
+    Args:
+        coming: Seconds that the graph is expected to save.
+        each: Seconds that it would have saved at this call.
+    """
+    if _State.forgone is None:
+        return coming > _CAPTURE_SECONDS
+    _State.forgone += each
+    return coming + _State.forgone > _LOADING_SECONDS
 
 
 def capturing() -> bool:
@@ -115,7 +137,9 @@ def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
     values = _Values()
     try:
         with values, _quiet():
-            return make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            module = make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            _State.forgone = None
+            return module
     except NotCapturableError:
         raise
     except Exception as error:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppvae.graphs.capturing import Graph, NotCapturableError, capture
+from ppvae.graphs.capturing import Graph, NotCapturableError, capture, capture_pays
 from ppvae.graphs.checking import far_apart, rounding_of
 from ppvae.graphs.running import CompileError, Runner, compiled, cuda_graph, draws_kept, replayed
 
 # What is expected before it is measured. A replayed graph saves Python, which is a part of a call
-# and no more than some seconds; a compiled one saves a part of the rest.
-_REPLAY_SAVES, _PYTHON_SECONDS, _CAPTURE_SECONDS = 0.4, 2e-3, 1.0
+# and no more than a millisecond; a compiled one saves a part of the rest.
+_REPLAY_SAVES, _PYTHON_SECONDS = 0.4, 1e-3
 _COMPILE_SAVES, _COMPILE_SECONDS = 0.4, 10.0
 # Calls of a tier that are timed before the next is decided on.
 _TIMED = 3
@@ -94,8 +94,8 @@ class Repeated:
         each = plan.seconds / plan.timed
         compiles = self._left * each * _COMPILE_SAVES > _COMPILE_SECONDS
         if plan.graph is None:
-            saved = self._left * min(each * _REPLAY_SAVES, _PYTHON_SECONDS)
-            if not compiles and saved < _CAPTURE_SECONDS:
+            saved = min(each * _REPLAY_SAVES, _PYTHON_SECONDS)
+            if not compiles and not capture_pays(self._left * saved, saved):
                 return
             try:
                 plan.graph = capture(self._function, inputs)
