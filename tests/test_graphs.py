@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -397,11 +398,13 @@ def operands(m, k, n, left, right):
     return a, b
 
 
-@pytest.fixture
-def onednn(monkeypatch):
-    if not products._available():
+@pytest.fixture(params=[products.Way.FLIPPED, products.Way.ONEDNN], ids=["flipped", "oneDNN"])
+def other_way(request, monkeypatch):
+    if request.param is products.Way.ONEDNN and not products._available():
         pytest.skip("this build of torch has no oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda *args: True)
+    monkeypatch.setattr(products, "fastest_way", lambda *args: request.param)
+    monkeypatch.setattr(products, "_SMALL", 0)
+    return request.param
 
 
 four_ways = pytest.mark.parametrize(
@@ -411,19 +414,23 @@ four_ways = pytest.mark.parametrize(
 
 class TestProducts:
     @four_ways
-    def test_onednn_gives_the_same_product(self, onednn, left, right):
+    def test_another_way_gives_the_same_product(self, other_way, left, right):
         a, b = operands(17, 9, 5, left, right)
         bias = torch.randn(5)
         graph = capture(lambda a, b, bias: [a @ b, torch.addmm(bias, a, b)], [a, b, bias])
+        before = graph.module.code
         module, changed = products.with_fastest_products(graph.module)
         assert changed == 2
-        assert module.code.count("ops.ppvae.onednn_product") == 2
+        by_onednn = module.code.count("ops.ppvae.onednn_product")
+        assert by_onednn == (2 if other_way is products.Way.ONEDNN else 0)
+        assert "aten.addmm" not in module.code
         for found, expected in zip(module(a, b, bias), graph.module(a, b, bias), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            assert found.stride() == expected.stride()
         # The graph itself stays as it was.
-        assert "onednn_product" not in graph.module.code
+        assert graph.module.code == before
 
-    def test_gradients_of_a_layer_are_the_same(self, onednn):
+    def test_gradients_of_a_layer_are_the_same(self, other_way):
         layer = nn.Sequential(nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3))
 
         def function(x):
@@ -437,7 +444,7 @@ class TestProducts:
         for found, expected in zip(module(x, *graph.held), function(x), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
-    def test_other_kinds_of_products_stay(self, onednn):
+    def test_other_kinds_of_products_stay(self, other_way):
         wide = torch.randn(17, 5)
         double = torch.randn(9, 5, dtype=torch.float64)
         a, b = operands(17, 9, 5, left=False, right=False)
@@ -453,38 +460,59 @@ class TestProducts:
         _, changed = products.with_fastest_products(capture(function, [a, b]).module)
         assert changed == 0
 
+    def test_small_products_are_left_alone(self, monkeypatch):
+        monkeypatch.setattr(products, "fastest_way", lambda *args: pytest.fail("measured"))
+        graph = capture(lambda a, b: [a @ b], operands(17, 9, 5, left=False, right=False))
+        assert products.with_fastest_products(graph.module)[1] == 0
+
     def test_the_choice_is_measured_once_for_a_shape(self, monkeypatch):
-        if not products._available():
-            pytest.skip("this build of torch has no oneDNN")
-        monkeypatch.setattr(products, "_faster", {})
+        monkeypatch.setattr(products, "_fastest", {})
         races = []
-        monkeypatch.setattr(products, "_race", lambda *runs: races.append(runs) or 0.5)
+        ways = 3 if products._available() else 2
+        monkeypatch.setattr(
+            products, "_race", lambda *runs: races.append(runs) or [1.0, 0.5, 1.0][:ways]
+        )
         a, b = operands(17, 9, 5, left=False, right=False)
         turned = operands(17, 9, 5, left=True, right=False)
         state = torch.get_rng_state()
-        assert products.onednn_is_faster(a, b, False)
-        assert products.onednn_is_faster(torch.zeros_like(a), b, False)
+        assert products.fastest_way(a, b, False) is products.Way.FLIPPED
+        assert products.fastest_way(torch.zeros_like(a), b, False) is products.Way.FLIPPED
         assert len(races) == 1
-        products.onednn_is_faster(a, b, True)
-        products.onednn_is_faster(*turned, False)
+        products.fastest_way(a, b, True)
+        products.fastest_way(*turned, False)
         assert len(races) == 3
         assert torch.equal(torch.get_rng_state(), state)
-        # Both ways of a race do the same.
-        for one, other in races:
-            torch.testing.assert_close(one(), other())
+        # All ways of a race do the same.
+        for first, *others in races:
+            assert len(others) == ways - 1
+            for other in others:
+                torch.testing.assert_close(other(), first())
 
-    def test_oneDNN_has_to_be_clearly_faster(self, monkeypatch):
+    def test_another_way_has_to_be_clearly_faster(self, monkeypatch):
         if not products._available():
             pytest.skip("this build of torch has no oneDNN")
         a, b = operands(4, 4, 4, left=False, right=False)
-        for ratio, faster in ((0.7, True), (0.9, False), (1.5, False)):
-            monkeypatch.setattr(products, "_faster", {})
-            monkeypatch.setattr(products, "_race", lambda *runs, ratio=ratio: ratio)
-            assert products.onednn_is_faster(a, b, False) is faster
+        given, flipped, onednn = products.Way
+        for seconds, best in (
+            ([1.0, 0.7, 1.0], flipped),
+            ([1.0, 0.9, 1.1], given),
+            ([1.0, 1.5, 0.9], given),
+            ([1.0, 0.7, 0.6], flipped),  # No clear margin over the second best.
+            ([1.0, 0.7, 0.5], onednn),
+            ([1.0, 0.8, 0.7], onednn),
+        ):
+            monkeypatch.setattr(products, "_fastest", {})
+            monkeypatch.setattr(products, "_race", lambda *runs, seconds=seconds: seconds)
+            assert products.fastest_way(a, b, False) is best
+
+    def test_a_race_gives_the_least_time_of_each(self):
+        slow, fast = products._race(lambda: time.sleep(0.004), lambda: time.sleep(0.001))
+        assert slow >= 0.004
+        assert 0.001 <= fast < slow
 
     @pytest.mark.slow
     @four_ways
-    def test_compiled_products_are_the_same(self, onednn, left, right):
+    def test_compiled_products_are_the_same(self, other_way, left, right):
         a, b = operands(17, 9, 5, left, right)
         bias = torch.randn(5)
         graph = capture(lambda a, b, bias: [a @ b, torch.addmm(bias, a, b)], [a, b, bias])
@@ -492,6 +520,7 @@ class TestProducts:
         assert changed == 2
         for found, expected in zip(run(a, b, bias), graph.module(a, b, bias), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            assert found.stride() == expected.stride()
 
 
 RECENT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)

@@ -24,7 +24,7 @@ class Signature:
         capture_seconds: Spent on capturing and checking the graph.
         compile_seconds: Spent on compiling and checking.
         operations: Operations of the captured graph, 0 where there is none.
-        products: Matrix products that go to oneDNN, as that was measured to be faster.
+        products: Matrix products that go another way, as that was measured to be faster.
     """
 
     arguments: str
@@ -64,7 +64,7 @@ class Signature:
                 spent += f", compiling {self.compile_seconds:.2g} s"
             lines.append(f"  {self.operations} operations; {spent}")
         if self.products:
-            lines.append(f"  {self.products} matrix products by oneDNN, measured to be faster")
+            lines.append(f"  {self.products} matrix products another way, measured to be faster")
         if self.pays_after is not None:
             lines.append(f"  has paid after {self.pays_after:,.0f} steps")
         return "\n".join(lines)

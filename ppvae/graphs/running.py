@@ -50,7 +50,7 @@ def compiled(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Runner, int]:
         inputs: Inputs as it will be called with.
 
     Returns:
-        What runs it, and how many of its matrix products go to oneDNN.
+        What runs it, and how many of its matrix products go another way than the program's.
 
     Raises:
         CompileError: If there is no compiler, or it fails.
