@@ -33,12 +33,11 @@ from ppvae.density import (
     ModelSites,
     Program,
     check_count,
-    draw_chunks,
     joint,
     judging,
     read_model,
     row_chunks,
-    weigh,
+    weighed,
 )
 from ppvae.families import (
     DiscreteFamily,
@@ -221,9 +220,7 @@ def fit_per_datapoint(
         fill_tables(guide, params)
     seconds = seconds_now(x.device) - began - gap.seconds
     with judging(seed + 1, x, model, guide), torch.no_grad():
-        weights = torch.cat(
-            [weigh(model, guide, x, size)[0] for size in draw_chunks(num_samples, x)]
-        )
+        weights = torch.cat(list(weighed(model, guide, x, num_samples)))
     snr = torch.where(noise > 0, (gain / noise).sqrt(), torch.nan)
     # A squared gradient holds its noise. What is left at the optimum is noise alone, and exceeds
     # five times its mean in one row of a hundred or so.
