@@ -1,5 +1,6 @@
 """Graphs of functions of tensors: what is captured, what is refused, and what is noticed."""
 
+import importlib
 import itertools
 import math
 import random
@@ -12,6 +13,9 @@ from torch import nn
 
 from ppvae import graphs
 from ppvae.graphs import NotCapturableError, Watch, capture, far_apart, products, replayed
+
+# Its name is also that of a function of the package.
+recorder = importlib.import_module("ppvae.graphs.capturing")
 
 
 def same(one, other):
@@ -396,6 +400,24 @@ def operands(m, k, n, left, right):
     a = torch.randn(k, m).t() if left else torch.randn(m, k)
     b = torch.randn(n, k).t() if right else torch.randn(k, n)
     return a, b
+
+
+def test_a_first_capture_waits_until_what_it_would_have_saved_has_paid_for_it(monkeypatch):
+    monkeypatch.setattr(recorder._State, "forgone", 0.0)
+    lost, calls = 0.0, 0
+    while not recorder.capture_pays(coming=0.5, each=0.01):
+        lost, calls = lost + 0.01, calls + 1
+    # What is lost by waiting and what is to come make up the seconds of loading.
+    assert lost + 0.5 == pytest.approx(recorder._LOADING_SECONDS, abs=0.02)
+    monkeypatch.setattr(recorder._State, "forgone", None)
+    assert recorder.capture_pays(coming=0.5, each=0.01)
+    assert not recorder.capture_pays(coming=0.2, each=0.01)
+
+
+def test_after_one_capture_the_next_is_cheap(monkeypatch):
+    monkeypatch.setattr(recorder._State, "forgone", 0.0)
+    capture(lambda x: [2 * x], [torch.ones(2)])
+    assert recorder._State.forgone is None
 
 
 @pytest.fixture(params=[products.Way.FLIPPED, products.Way.ONEDNN], ids=["flipped", "oneDNN"])
