@@ -13,12 +13,15 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributions.utils import broadcast_all
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _NORMALS = (dist.Normal, torch.distributions.Normal)
 _BERNOULLIS = (dist.Bernoulli, torch.distributions.Bernoulli)
 _INDEPENDENTS = (dist.Independent, torch.distributions.Independent)
+# torch's norm adds up in single precision one by one: exact enough for so many elements.
+_MOST_OF_A_NORM = 1024
 
 
 def log_prob(fn: Any, value: Tensor) -> Tensor:
@@ -37,6 +40,8 @@ def log_prob(fn: Any, value: Tensor) -> Tensor:
         >>> log_prob(dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.zeros(3, 2)).shape
         torch.Size([3])
     """
+    if _transformed():
+        return torch.as_tensor(fn.log_prob(value))
     base, event_dims = fn, 0
     while type(base) in _INDEPENDENTS:
         event_dims += base.reinterpreted_batch_ndims
@@ -63,8 +68,10 @@ def _normal(fn: Any, value: Tensor, event_dims: int) -> Tensor:
     # Along the event there is one term for each element, along draws and rows one for all.
     event = shape[len(shape) - event_dims :]
     log_scale = log_scale.expand(*log_scale.shape[: log_scale.dim() - event_dims], *event)
-    if torch.is_grad_enabled() or apart.shape != shape:
+    if torch.is_grad_enabled() or apart.shape != shape or not apart.is_floating_point():
         squares = _sum((apart / scale).square().expand(shape), event_dims)
+    elif event.numel() > _MOST_OF_A_NORM:
+        squares = _sum(apart.div_(scale).square_(), event_dims)
     else:
         # In place, and squared and summed in one pass: a third of the time.
         dims = tuple(range(-event_dims, 0))
@@ -77,8 +84,19 @@ def _sum(values: Tensor, event_dims: int) -> Tensor:
 
 
 def _shrunk(parameter: Tensor) -> Tensor:
-    """One element along dimensions that the parameter was only expanded to."""
+    """One element along dimensions that the parameter was only expanded to.
+
+    Not of one that is differentiated, whose elements may each have a derivative.
+    """
+    if torch.is_grad_enabled() and parameter.requires_grad:
+        return parameter
     for dim, stride in enumerate(parameter.stride()):
         if stride == 0 and parameter.shape[dim] > 1:
             parameter = parameter.narrow(dim, 0, 1)
     return parameter
+
+
+def _transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of `torch.func` is at work."""
+    interpreters = torch._C._functorch.peek_interpreter_stack()
+    return interpreters is not None or forward_ad._current_level >= 0

@@ -1,10 +1,12 @@
 """Densities in fewer passes are torch's own densities."""
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch.autograd.functional import hessian
 
+import ppvae
 from ppvae.factorized import log_prob
 
 
@@ -85,3 +87,73 @@ def test_values_far_out_and_scales_far_apart():
             torch.testing.assert_close(log_prob(fn, z), fn.log_prob(z))
             assert log_prob(fn, z + 1e30) == -torch.inf
             assert log_prob(fn, z * torch.nan).isnan()
+
+
+@pytest.mark.parametrize("size", [784, 12_288, 196_608])
+def test_many_pixels_lose_no_more_digits_than_torch(size):
+    """float32 against float64: what a density of an image rounds does not hang on gradients."""
+    torch.manual_seed(0)
+    loc, scale = torch.rand(2, size), torch.full((2, size), 0.1)
+    value = torch.rand(3, 2, size)
+    fn = dist.Normal(loc, scale).to_event(1)
+    exact = dist.Normal(loc.double(), scale.double()).to_event(1).log_prob(value.double())
+    own = (fn.log_prob(value) - exact).abs().max()
+    with torch.no_grad():
+        found = log_prob(fn, value)
+    assert (found - exact).abs().max() <= 4 * own + 1e-6 * exact.abs().max()
+
+
+def test_each_element_of_an_expanded_leaf_has_its_own_derivative():
+    value = torch.arange(3.0)
+    for shape in ((3,), (2, 3)):
+        leaf = torch.zeros(1).expand(shape).detach().requires_grad_()
+        fn = dist.Normal(leaf, 1.0).to_event(1)
+        (found,) = torch.autograd.grad(log_prob(fn, value).sum(), leaf)
+        torch.testing.assert_close(found, value.expand(shape))
+        scale = torch.ones(1).expand(shape).detach().requires_grad_()
+        fn = dist.Normal(0.0, scale).to_event(1)
+        (found,) = torch.autograd.grad(log_prob(fn, value).sum(), scale)
+        torch.testing.assert_close(found, (value**2 - 1).expand(shape))
+
+
+def test_an_expanded_latent_has_a_gradient_for_each_draw():
+    """x | z ~ N(z, 1), z ~ N(0, 1): the gradient of log p in z is x − 2 z."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.arange(6.0).reshape(3, 2)
+    z = torch.zeros(1, 1, 1).expand(4, 3, 2).requires_grad_()
+    (found,) = torch.autograd.grad(ppvae.log_joint(model, x, z).sum(), z)
+    torch.testing.assert_close(found, x.expand(4, 3, 2))
+
+
+# What torch itself imports for them.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without"])
+def test_transforms_of_functions(grad):
+    """torch.func sees what torch's own density gives it, of expanded parameters too."""
+    loc = torch.zeros(1).expand(3).detach()
+    z = torch.tensor([1.0, 2.0, 3.0])
+
+    def of(density):
+        def at(loc, scale):
+            # Checks of values are beyond vmap in older versions.
+            return density(dist.Normal(loc, scale, validate_args=False).to_event(1), z)
+
+        return at
+
+    ours, theirs = of(log_prob), of(lambda fn, z: fn.log_prob(z))
+    scales = torch.tensor([[1.0], [2.0]]).expand(2, 3)
+    tangent = torch.tensor([0.0, 1.0, 0.0])
+    with torch.set_grad_enabled(grad):
+        for act in (
+            lambda f: torch.func.grad(f)(loc, torch.ones(3)),
+            lambda f: torch.func.vmap(f, (None, 0))(loc, scales),
+            lambda f: torch.func.jvp(lambda m: f(m, torch.ones(3)), (loc.clone(),), (tangent,))[1],
+            lambda f: torch.func.jacfwd(torch.func.jacfwd(f))(z, torch.ones(3)),
+        ):
+            torch.testing.assert_close(act(ours), act(theirs))

@@ -49,19 +49,18 @@ class Graph:
 
 class _State:
     active = False
-    # Seconds that graphs would have saved in this process so far; None once one is captured.
+    # Seconds that graphs would have saved in this process so far; None once the tools are loaded.
     forgone: float | None = 0.0
 
 
 # What a capture takes, and the first one in a process, for which much of torch has to be loaded.
-_CAPTURE_SECONDS, _LOADING_SECONDS = 0.3, 1.5
+_CAPTURE_SECONDS, _LOADING_SECONDS = 0.2, 1.5
 
 
 def capture_pays(coming: float, each: float) -> bool:
     """Whether to capture a function now, where it is not known who else will ask in this process.
 
-    What has been lost by not loading the tools before counts as if it were to come again: no more
-    than twice the least possible time is spent, whatever comes.
+    For the first capture, what has been lost by waiting counts as if it were to come again.
 
     Args:
         coming: Seconds that the graph is expected to save.
@@ -70,7 +69,7 @@ def capture_pays(coming: float, each: float) -> bool:
     if _State.forgone is None:
         return coming > _CAPTURE_SECONDS
     _State.forgone += each
-    return coming + _State.forgone > _LOADING_SECONDS
+    return coming > _CAPTURE_SECONDS and coming + _State.forgone > _LOADING_SECONDS
 
 
 def capturing() -> bool:
@@ -137,16 +136,14 @@ def _traced(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor])
     values = _Values()
     try:
         with values, _quiet():
-            module = make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-            _State.forgone = None
-            return module
+            return make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     except NotCapturableError:
         raise
     except Exception as error:
         # Torch raises a dozen kinds, some private, for what hangs on the value of a tensor.
         raise NotCapturableError(_reason(error)) from error
     finally:
-        _State.active = False
+        _State.active, _State.forgone = False, None
         values.put_back()
 
 

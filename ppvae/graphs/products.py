@@ -69,7 +69,9 @@ def _replaced(node: fx.Node) -> bool:
     else:
         return False
     a, b, c = (_shape_of(part) for part in (left, right, bias))
-    if a is None or b is None or (bias is not None and (c is None or c.dim() != 1)):
+    if a is None or b is None:
+        return False
+    if bias is not None and (c is None or c.shape != b.shape[1:]):
         return False
     if a.numel() * b.shape[1] < _SMALL:
         return False
@@ -87,6 +89,7 @@ def _replaced(node: fx.Node) -> bool:
             whole = graph.call_function(
                 aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}
             )
+        whole.meta = dict(node.meta)
         node.replace_all_uses_with(whole)
         graph.erase_node(node)
     return way is not Way.GIVEN
@@ -113,20 +116,7 @@ def fastest_way(a: Tensor, b: Tensor, bias: bool) -> Way:
         left, right = (torch.empty_strided(tuple(t.shape), t.stride()).fill_(0.5) for t in (a, b))
         offset = torch.zeros(b.shape[1]) if bias else None
 
-        def given() -> Tensor:
-            return left @ right if offset is None else torch.addmm(offset, left, right)
-
-        def flipped() -> Tensor:
-            product = (right.t() @ left.t()).t()
-            return (product if offset is None else product + offset).contiguous()
-
-        def onednn() -> Tensor:
-            product: Tensor = torch.ops.ppvae.onednn_product(left, right, offset)
-            return product
-
-        ways = {Way.GIVEN: given, Way.FLIPPED: flipped}
-        if _available():
-            ways[Way.ONEDNN] = onednn
+        ways = _ways(left, right, offset)
         seconds = dict(zip(ways, _race(*ways.values()), strict=True))
         best = Way.GIVEN
         for way in ways:
@@ -134,6 +124,24 @@ def fastest_way(a: Tensor, b: Tensor, bias: bool) -> Way:
                 best = way
         _fastest[key] = best
     return _fastest[key]
+
+
+def _ways(left: Tensor, right: Tensor, bias: Tensor | None) -> dict[Way, Callable[[], Tensor]]:
+    """The product by each way that there is here."""
+
+    def given() -> Tensor:
+        return left @ right if bias is None else torch.addmm(bias, left, right)
+
+    def flipped() -> Tensor:
+        product = (right.t() @ left.t()).t()
+        return (product if bias is None else product + bias).contiguous()
+
+    def onednn() -> Tensor:
+        product: Tensor = torch.ops.ppvae.onednn_product(left, right, bias)
+        return product
+
+    ways = {Way.GIVEN: given, Way.FLIPPED: flipped}
+    return {**ways, Way.ONEDNN: onednn} if _available() else ways
 
 
 def _race(*runs: Callable[[], Tensor]) -> list[float]:

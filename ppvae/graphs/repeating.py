@@ -86,7 +86,7 @@ class Repeated:
             plan.seconds += _now(inputs) - began
             plan.timed += 1
         plan.calls += 1
-        self._left -= 1
+        self._left = max(0, self._left - 1)
         self.tiers[plan.tier] = self.tiers.get(plan.tier, 0) + 1
         return out
 
