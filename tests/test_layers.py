@@ -24,6 +24,7 @@ ROWS = [
     "graphs",
     "data",
     "distributions",
+    "factorized",
     "flows",
     "nn",
     "likelihoods",
